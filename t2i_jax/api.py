@@ -23,7 +23,7 @@ def load(
     lora: Mapping[str, float] = MappingProxyType({}),
     database: str | Path = "",
 ) -> Pipeline:
-    """The pipeline of a run folder or a released model, local or in an object store.
+    """The pipeline of a run folder or a released model, local, by its name in the zoo, in an object store or on a hub.
 
     int8: matrices of 8-bit integers, for models that sample token by token. lora: folders of adapters, runs with
     `train.lora` or released ones, and the factor of each. database: of a model that retrieves, in the place of its own.

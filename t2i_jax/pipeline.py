@@ -36,7 +36,6 @@ from t2i_jax.core.types import Codec, Family, SamplingOptions
 from t2i_jax.edits import Blend, Edit, Like, embedding_field, tokens_to_keep
 from t2i_jax.guides import ClassifierGuidance, Guide
 from t2i_jax.nn.decode import int8_weights
-from t2i_jax.release import card
 from t2i_jax.sampler import (
     OnPreview,
     OnProgress,
@@ -414,6 +413,8 @@ class Pipeline:
 
         A loaded pipeline's weights are read from its folder again.
         """
+        from t2i_jax.release import card  # it knows of training, which takes long to import
+
         about = lambda artifact: card(artifact, name or Path(folder).name)
         if self.folder is not None:  # the weights here may be of another dtype
             copy_artifact(self.folder, folder, about, self.family)

@@ -8,14 +8,16 @@ import logging
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from einops import rearrange
 from jax import Array
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from t2i_jax.core import image_files
+from t2i_jax.core import image_files, terminal
 from t2i_jax.core.console import bar, console
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.image_files import to_uint8
@@ -23,14 +25,15 @@ from t2i_jax.core.keys import image_keys
 from t2i_jax.core.narrow import as_codec, as_family
 from t2i_jax.core.sharding import all_processes_agree, to_host
 from t2i_jax.core.types import Codec
-from t2i_jax.data.pipeline import PER_CAPTION
 from t2i_jax.data.records import title
 from t2i_jax.sampler import Between, Sampler
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import plain_options
 from t2i_jax.storage.artifacts import Artifact
-from t2i_jax.training.state import TrainState
-from t2i_jax.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from t2i_jax.training.state import TrainState
+    from t2i_jax.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ class Previews:
 
     def _begin(self, trainer: Trainer) -> None:
         """Choose what to draw for, once: the first records of the held-out split."""
+        from t2i_jax.data.pipeline import PER_CAPTION  # sampling reads no data
+
         self.begun = True
         experiment, can = trainer.experiment, trainer.experiment.model.capabilities
         if can.family and trainer.codec is None and as_family(experiment.model).sample_spec().kind != "pixels":
@@ -174,6 +179,15 @@ def sample_to_folder(
     sheet = image_files.grid(images, titles[: len(first)], columns=columns if columns > 1 else 0, scale=scale)
     image_files.save_png(sheet, out / "grid.png")
     console.print(f"{out}: {len(todo)} new images, {len(jobs)} in all; grid.png shows the first {len(first)}")
+
+
+def show_folder(out: Path, count: int) -> None:
+    """Draw the grid of a folder of images in this terminal; where a character has two pixels, the first images alone,
+    whose captions would not be legible."""
+    files = [path for n in range(min(count, 8)) if (path := out / f"{n:05d}.png").exists()]
+    if jax.process_index() == 0 and files:
+        images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files])
+        terminal.draw(Image.open(out / "grid.png"), Image.fromarray(rearrange(images, "n i j c -> i (n j) c")))
 
 
 def growing(

@@ -34,12 +34,14 @@ def card(artifact: Artifact, name: str) -> str:
     )
 
 
-def release(run: str | Path, out: str | Path, scale: bool = False, half: bool = False, merge: bool = False) -> None:
+def release(
+    run: str | Path, out: str | Path, scale: bool = False, half: bool = False, merge: bool = False, int8: bool = False
+) -> None:
     """Write the model or the codec of a run as a released model; of a run with `train.lora` the adapters alone.
 
     scale: measure, on the run's images, the scale and shift that give the codes of a KL autoencoder or a TAESD mean 0
-    and variance 1, and release it with them. half: write weights in bf16, in half of the space. merge: the model that
-    a run with `train.lora` adapts, with its adapters added.
+    and variance 1, and release it with them. half: write weights in bf16, in half of the space. int8: matrices in 8
+    bits, in a quarter. merge: the model that a run with `train.lora` adapts, with its adapters added.
 
     Errors: `ConfigError`, `CheckpointError`.
     """
@@ -48,6 +50,9 @@ def release(run: str | Path, out: str | Path, scale: bool = False, half: bool = 
     lora = lora_of(run)
     if merge and lora is None:
         raise ConfigError(f"{run}: --merge is for a run with train.lora, which it has not")
+    if int8 and (half or scale or (lora is not None and not merge)):
+        other = "--half" if half else "--scale" if scale else "adapters alone; add --merge"
+        raise ConfigError(f"{run}: --int8 is of a whole model's weights, and not with {other}")
     if scale and lora is not None and not merge:
         raise ConfigError(f"{run}: --scale is of a codec, and this releases adapters alone; add --merge")
     if lora is not None and not merge:
@@ -57,7 +62,7 @@ def release(run: str | Path, out: str | Path, scale: bool = False, half: bool = 
         artifact = with_measured_scale(load_artifact(run), run)
         save_artifact(artifact, out, about(artifact), half)
     else:
-        copy_artifact(run, out, about, half=half)
+        copy_artifact(run, out, about, half=half, int8=int8)
 
 
 def adapter_card(adapter: Adapter, name: str) -> str:

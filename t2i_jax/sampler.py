@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -18,20 +21,22 @@ from jax import Array
 from jax.sharding import Mesh
 
 from t2i_jax.core.conditions import Batch, ImageTextEncoder, Tokenizer
-from t2i_jax.core.config import ConfigError, refused
+from t2i_jax.core.config import ConfigError, refused, to_json
 from t2i_jax.core.fields import values
+from t2i_jax.core.frozen import with_features, with_low_codes
 from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.keys import apart, image_keys
 from t2i_jax.core.narrow import interpolates
-from t2i_jax.core.sharding import batch_sharding, put_on_mesh, to_host
+from t2i_jax.core.sharding import RULES, batch_sharding, put_on_mesh, to_host
 from t2i_jax.core.types import Classifier, Codec, Family, SamplingOptions, Toward
 from t2i_jax.guides import Guide
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import validate_options
 from t2i_jax.sampling.progress import Progress, listening
-from t2i_jax.storage.artifacts import Artifact
+from t2i_jax.sampling.solvers import has_own_solvers
+from t2i_jax.storage import programs
+from t2i_jax.storage.artifacts import Artifact, with_files
 from t2i_jax.text.cut import limited, unread
-from t2i_jax.training.experiment import with_features, with_low_codes
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +96,7 @@ class Program:
         return codes
 
 
-@partial(jax.jit, static_argnames=("program", "guided"))
-def _sample(
+def _draw(
     program: Program,
     guided: bool | None,
     parts: Mapping[str, object],
@@ -105,6 +109,44 @@ def _sample(
 ) -> Array:
     codes = program.codes(guided, parts, condition, keys, options, progress, toward, negative)
     return _decode(program.codec, parts["codec"], codes)
+
+
+_sample = jax.jit(_draw, static_argnames=("program", "guided"))
+
+
+@functools.lru_cache(64)
+def _kept(
+    program: Program, guided: bool | None, tree: jax.tree_util.PyTreeDef, shapes: tuple[jax.ShapeDtypeStruct, ...]
+) -> Callable[..., Array] | None:
+    """The compiled program with arguments of these shapes, called with their leaves, whose trace is kept on this
+    machine; None where it is not, and the program is to be traced.
+
+    tree: of the arguments parts, condition, data of the keys, options, negative.
+    """
+
+    def draw(parts, condition, data, options, negative):
+        return _draw(program, guided, parts, condition, jax.random.wrap_key_data(data), options, None, None, negative)
+
+    try:
+        return programs.compiled(draw, _about(program, guided), jax.tree.unflatten(tree, shapes))
+    except programs.CannotKeep as error:
+        log.info(f"{type(program.family).__name__}: traced each time: {error}")
+        return None
+
+
+def _about(program: Program, guided: bool | None) -> dict[str, object]:
+    """What a program depends on besides arrays, as JSON. Errors: `CannotKeep` where code of a user is a part of it."""
+    text = with_files(program.text, lambda file, part, path: programs.identity(path))
+    try:
+        about = to_json(dataclasses.replace(program, text=text))
+    except ConfigError as error:  # a part with values that are not plain
+        raise programs.CannotKeep(str(error)) from error
+    kinds = re.findall(r'"type": "([^"]*)"', json.dumps(about))
+    if own := [kind for kind in kinds if not kind.startswith("t2i_jax.")]:
+        raise programs.CannotKeep(f"it has a {own[0]}")
+    if has_own_solvers():
+        raise programs.CannotKeep("there are other solvers than those of the package")
+    return {"program": about, "guided": guided, "rules": str(RULES)}
 
 
 def _decode(codec: Codec | None, model: object, codes: Array) -> Array:
@@ -251,23 +293,54 @@ class Sampler:
     ) -> Array:
         """One batch, uint8 (b, i, j, 3) on the devices; low_res: uint8 (b, i', j', 3), to upscale. toward: as in
         `sample`."""
-        family = self.program.family
-        if low_res is None and family.capabilities.super_resolution:
+        asked = self._asked(prompts, seeds, low_res)
+        with jax.set_mesh(self.mesh):
+            inputs = condition, data, arrays, away = self._inputs(asked, len(prompts))
+            others = None if toward is None else self._others(toward)
+            with listening(on_preview and (lambda done, total, x: on_preview(done / total, x))) as progress:
+                parts = dict(self.parts)
+                if progress is None and others is None and (kept := self._kept(parts, *inputs)):
+                    return kept(*jax.tree.leaves((parts, *inputs)))
+                keys = jax.random.wrap_key_data(data)
+                return _sample(self.program, self.guided, parts, condition, keys, arrays, progress, others, away)
+
+    def warm(self, prompts: Sequence[str]) -> None:
+        """Make ready, without drawing, the program of a batch of as many prompts, where programs are kept: it reads the
+        shapes of the weights alone."""
+        asked = self._asked(prompts, [0] * len(prompts), None)
+        with jax.set_mesh(self.mesh):
+            self._kept(dict(self.parts), *self._inputs(asked, len(prompts)))
+
+    def _asked(
+        self, prompts: Sequence[str], seeds: Sequence[int], low_res: np.ndarray | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The condition of a batch and the data of its keys, on the host."""
+        if low_res is None and self.program.family.capabilities.super_resolution:
             raise ConfigError("this model enlarges images: sample the model that makes them, with --upsample")
         condition, keys = self.condition(prompts), image_keys(seeds)
         if low_res is not None:
             condition["low_res"] = low_res.astype(np.float32) / 127.5 - 1
             for _ in range(max(self.stage, 1)):
                 keys = jax.vmap(apart)(keys)
-        with jax.set_mesh(self.mesh):
-            # All inputs come from the host: arrays put on a mesh of several processes must be the same on each of them.
-            data = jax.device_get(jax.random.key_data(keys))
-            condition, data = put_on_mesh((condition, data), batch_sharding(self.mesh))
-            keys, arrays = jax.random.wrap_key_data(data), jax.device_get(validate_options(family, self.options))
-            others = None if toward is None else self._others(toward)
-            with listening(on_preview and (lambda done, total, x: on_preview(done / total, x))) as progress:
-                parts, away = dict(self.parts), self._away(len(prompts))
-                return _sample(self.program, self.guided, parts, condition, keys, arrays, progress, others, away)
+        return condition, jax.device_get(jax.random.key_data(keys))
+
+    def _inputs(
+        self, asked: tuple[dict[str, np.ndarray], np.ndarray], count: int
+    ) -> tuple[dict[str, Array], Array, SamplingOptions, dict[str, Array] | None]:
+        """The arguments of a batch besides the weights, on the mesh: the condition, the data of the keys, the options,
+        the negative prompt."""
+        # All inputs come from the host: arrays put on a mesh of several processes must be the same on each of them.
+        condition, data = put_on_mesh(asked, batch_sharding(self.mesh))
+        arrays = jax.device_get(validate_options(self.program.family, self.options))
+        return cast(dict[str, Array], condition), cast(Array, data), arrays, self._away(count)
+
+    def _kept(self, *arguments: object) -> Callable[..., Array] | None:
+        """The compiled program of arguments whose trace is kept on this machine, called with their leaves; None where
+        none is kept (`storage/programs.py`), and of several devices."""
+        if self.mesh.size > 1 or programs.folder() is None:
+            return None
+        leaves, tree = jax.tree.flatten(arguments)
+        return _kept(self.program, self.guided, tree, tuple(map(programs.shape, leaves)))
 
     def _away(self, count: int) -> dict[str, Array] | None:
         """The negative prompt, a row for each image, on the mesh."""

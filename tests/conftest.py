@@ -22,6 +22,7 @@ if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["T2I_CHECK_ARRAYS"] = "1"  # `core.arrays.typed` checks shapes and dtypes
+os.environ.setdefault("T2I_PROGRAMS", "off")  # tests count traces, and what they patch is in no key
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "t2i_jax"
 # Lowest layer first; a package may import itself and those of layers before it, never of its own or of later ones.
 LAYERS = [
     ("core",),
-    ("noise",),
+    ("noise", "zoo"),
     ("nn",),
     ("networks", "features"),
     ("interop", "sampling"),

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from t2i_jax import zoo
 from t2i_jax.bench.baselines import baseline
 from t2i_jax.bench.measure import EAGER, LIMITS, Measure, Result, interleaved, limits, seconds, weights
 from t2i_jax.bench.train import random_batch
@@ -42,7 +43,7 @@ from t2i_jax.training.experiment import Experiment, load_experiment
 def experiment_of(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a config or a run, or one that holds a released model. Errors: `ConfigError`, also for a model
     that draws nothing."""
-    if (path / "model.safetensors").exists():
+    if ((zoo.find(path) or path) / "model.safetensors").exists():
         if overrides:
             raise ConfigError(f"{path}: fields of a released model cannot be set: {' '.join(overrides)}")
         experiment = Experiment(load_artifact(path).config, Data(Folder("")))

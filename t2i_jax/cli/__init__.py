@@ -10,7 +10,17 @@ import sys
 from collections.abc import Sequence
 
 from t2i_jax.core.console import console
-from t2i_jax.core.errors import did_you_mean
+from t2i_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    NoCluster,
+    NotFinite,
+    NotWritten,
+    PeerLost,
+    did_you_mean,
+)
 
 COMMANDS = {
     "fit": "pictures as they are to a released model, by the commands below",
@@ -18,6 +28,7 @@ COMMANDS = {
     "train": "train or go on with a run (a codec or a model)",
     "encode": "images and captions to codes and features, once",
     "sample": "prompts to images",
+    "zoo": "the models inside the package, which `t2i sample NAME` draws with",
     "evaluate": "the metrics of a run or a released model",
     "compare": "several models with equal compute, in one report",
     "convert": "a published checkpoint to a released model, and back",
@@ -63,14 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     import jax
 
-    from t2i_jax.core.config import ConfigError
     from t2i_jax.core.platform import prepare
-    from t2i_jax.core.sharding import NoCluster
-    from t2i_jax.data.records import DataError
-    from t2i_jax.storage.checkpoints import CheckpointError, NotWritten
-    from t2i_jax.training.guard import NotFinite
-    from t2i_jax.training.loop import Interrupted
-    from t2i_jax.training.watch import STATUS, PeerLost
 
     # A failed write reaches its event loop after it is closed; the error itself is raised elsewhere.
     late = lambda u: "Event loop is closed" in str(u.exc_value) or sys.__unraisablehook__(u)
@@ -82,7 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (NotWritten, PeerLost) as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         # An orderly exit waits for lost processes, and writers that failed would print their tracebacks once more.
-        os._exit(STATUS if isinstance(error, PeerLost) else 2)
+        if isinstance(error, PeerLost):
+            from t2i_jax.training.watch import STATUS
+
+            os._exit(STATUS)
+        os._exit(2)
     except (ConfigError, DataError, CheckpointError, NoCluster, NotFinite, ImportError, OSError) as error:
         fail(f"t2i {arguments[0]}: {error}")
     except ValueError as error:
@@ -92,12 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(f"t2i {arguments[0]}: {named}: no file name holds a zero byte")
     except MemoryError as error:
         fail(f"t2i {arguments[0]}: not enough memory on this machine{f': {error}' if str(error) else ''}")
-    except jax.errors.JaxRuntimeError as error:
-        if not str(error).startswith("RESOURCE_EXHAUSTED"):
-            raise
-        fail(f"t2i {arguments[0]}: not enough memory: {str(error).splitlines()[0]}")
     except Interrupted as stop:
         console.print(f"t2i {arguments[0]}: {stop}", style="yellow", soft_wrap=True)
         sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         fail(f"t2i {arguments[0]}: interrupted; the same command goes on", 130)
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        fail(f"t2i {arguments[0]}: not enough memory: {str(error).splitlines()[0]}")

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
+from t2i_jax import zoo
 from t2i_jax.cli.sizes import parse_size
-from t2i_jax.core.config import parse_some
+from t2i_jax.core.config import ConfigError, parse_some
 from t2i_jax.core.fields import Checked, Range, Seed, Size
 from t2i_jax.core.outputs import local
 from t2i_jax.core.sharding import MeshConfig
@@ -58,6 +59,8 @@ class EvaluateArguments(Checked):
 
 def run(arguments: list[str]) -> None:
     args, rest = parse_some(EvaluateArguments, arguments, "t2i evaluate")
+    if args.out is None and zoo.find(args.model):
+        raise ConfigError(f"{args.model}: is a model of the zoo, where no report is written: name a folder by --out")
     evaluate_folder(
         args.model,
         local(args.out or args.model),

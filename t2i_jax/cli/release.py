@@ -28,9 +28,11 @@ class ReleaseArguments:
     """of a run with train.lora: write the model with its adapters added; else the adapters alone"""
     half: bool = False
     """write weights in bf16, in half of the space; they are read as fp32"""
+    int8: bool = False
+    """write matrices in 8 bits with a scale for each output, in a quarter of the space; they are read as fp32"""
 
 
 def run(arguments: list[str]) -> None:
     args = parse(ReleaseArguments, arguments, "t2i release")
-    release_run(args.run, local(args.out), args.scale, args.half, args.merge)
+    release_run(args.run, local(args.out), args.scale, args.half, args.merge, args.int8)
     console.print(f"{args.out}: released; it can be moved anywhere")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import jax
 import numpy as np
@@ -14,27 +14,26 @@ import tyro
 from PIL import Image, ImageOps
 
 from t2i_jax.cli.sizes import parse_size
-from t2i_jax.convert.folders import encoder
 from t2i_jax.core import config
 from t2i_jax.core.config import parse_some
 from t2i_jax.core.console import console
 from t2i_jax.core.fields import Checked, Finite, Range, Seed, Share, Size
 from t2i_jax.core.narrow import as_family, classifier_guided, interpolates
 from t2i_jax.core.outputs import local
-from t2i_jax.core.sharding import MeshConfig
+from t2i_jax.core.sharding import MeshConfig, read_mesh
 from t2i_jax.core.text import mend, read_lines
 from t2i_jax.data.images import open_image, open_mask
 from t2i_jax.edits import Blend, InitImage, Inpaint, Vary, embedding_field
-from t2i_jax.evaluation.rerank import Reranker, keep_best
 from t2i_jax.guides import Autoguidance, ClassifierGuidance, Guide, Reference
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.plan import read_mesh
-from t2i_jax.previews import sample_to_folder
+from t2i_jax.previews import sample_to_folder, show_folder
 from t2i_jax.sampler import Between, interpolation
 from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.sampling.options import validate_options
-from t2i_jax.storage.artifacts import config_of
-from t2i_jax.text.clip import ClipEmbedding
+from t2i_jax.storage.artifacts import config_of, is_stored
+
+if TYPE_CHECKING:
+    from t2i_jax.evaluation.rerank import Reranker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class SampleArguments(Checked):
     """
 
     model: tyro.conf.Positional[Path]
-    """run folder or released model"""
+    """run folder, released model, or the name of one of `t2i zoo`"""
     text: tyro.conf.Positional[tuple[str, ...]] = ()
     """prompts; class numbers for a class-conditional model"""
     prompts: Path | None = None
@@ -108,6 +107,8 @@ class SampleArguments(Checked):
     interpolate: Annotated[int | None, Range(2, 1_000_000)] = None
     """images from each prompt to the next, both included, or from each of `count` seeds of one prompt to the next; for
     GANs"""
+    show: bool = False
+    """draw the images in this terminal, if it can"""
     watch: bool = False
     """show progress within a batch, and intermediate images in growing.png; compiled at each start"""
     watch_codec: Path | None = None
@@ -133,7 +134,7 @@ def _factors(loras: Sequence[str]) -> dict[str, float]:
 
 
 def run(arguments: list[str]) -> None:
-    if arguments and Path(arguments[0], "config.json").exists() and {"-h", "--help"} & set(arguments):
+    if arguments and "://" not in arguments[0] and is_stored(arguments[0]) and {"-h", "--help"} & set(arguments):
         family = as_family(config_of(arguments[0]))
         console.print("[bold]options of this model[/] (those of the command: t2i sample --help)")
         config.override(family.options(), ["--help"], "t2i sample MODEL")
@@ -193,11 +194,7 @@ def run(arguments: list[str]) -> None:
         with config.refused("--vary" if args.vary else "--blend"):
             embedding_field(pipeline.family, pipeline.text)
     sampler = pipeline.sampler(options, edit=edit, guides=guides, upsampler=upsampler, negative=away, like=like)
-    judge = None
-    if args.rerank:
-        with config.refused(f"--rerank {args.rerank}"):
-            text = encoder(ClipEmbedding, args.rerank, f"--rerank {args.rerank}")
-            judge = Reranker(text, batch_size=args.batch_size)
+    judge = _judge(args) if args.rerank else None
     drawn = max(args.count, args.candidates or 16) if judge else args.count
     jobs, toward = [(prompt, args.seed + n) for prompt in prompts for n in range(drawn)], None
     if args.interpolate:
@@ -205,9 +202,15 @@ def run(arguments: list[str]) -> None:
         drawn = len(jobs) // args.count if len(prompts) > 1 else len(jobs)
     folder = args.out / "candidates" if judge else args.out
     sample_to_folder(sampler, jobs, folder, args.batch_size, drawn, args.scale, args.watch, toward, watched)
+    if args.show and not judge:
+        show_folder(args.out, len(jobs))
     if judge:
+        from t2i_jax.evaluation.rerank import keep_best
+
         files = [folder / f"{n:05d}.png" for n in range(len(jobs))]
         keep_best(files, prompts, args.count, args.out, judge, args.scale)
+        if args.show:
+            show_folder(args.out, args.count * len(prompts))
         console.print(f"{args.out}: the best {args.count} of {drawn} for each of {len(prompts)} prompts, by CLIP")
 
 
@@ -226,6 +229,17 @@ def _between(
     ways = ways if len(prompts) > 1 else [[(prompts[0], seed) for seed in seeds]]
     steps = [step for ends in ways for step in interpolation(ends, args.interpolate or 2)]
     return [(prompt, seed) for prompt, seed, _ in steps], [toward for _, _, toward in steps]
+
+
+def _judge(args: SampleArguments) -> Reranker:
+    """The CLIP of `--rerank`."""
+    from t2i_jax.convert.folders import encoder  # what chooses takes as long to import as what draws
+    from t2i_jax.evaluation.rerank import Reranker
+    from t2i_jax.text.clip import ClipEmbedding
+
+    with config.refused(f"--rerank {args.rerank}"):
+        text = encoder(ClipEmbedding, args.rerank, f"--rerank {args.rerank}")
+        return Reranker(text, batch_size=args.batch_size)
 
 
 def _reference(args: SampleArguments, pipeline: Pipeline) -> Reference | None:

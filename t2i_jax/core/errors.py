@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -18,6 +19,34 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """Invalid data; the message names the file, the record or the field."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or written; the message names the file."""
+
+
+class NotWritten(CheckpointError):
+    """A checkpoint that could not be written, whose writers may still be running."""
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient is NaN or infinite; the message names the step and the layer."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run; it is saved and can be resumed with the same command."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT):
+        super().__init__(message)
+        self.signal = int(number)
+
+
+class PeerLost(RuntimeError):
+    """A collective failed, as it does when a process is gone."""
+
+
+class NoCluster(ValueError):
+    """The environment asks for other processes and does not say how to find them."""
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.3) -> str:

@@ -42,5 +42,10 @@ def image_keys(seeds: Sequence[int]) -> Array:
             raise ConfigError(f"seed {seed}: seeds are whole numbers from 0 to {SEEDS - 1}")
     # Seeds of more than 32 bits are two numbers; the second is 0 for all others.
     low, high = (np.asarray([seed >> shift & 0xFFFFFFFF for seed in seeds], np.uint32) for shift in (0, 32))
-    keys = jax.vmap(jax.random.key)(jnp.asarray(low))
-    return jax.vmap(lambda k, n: jnp.where(n > 0, jax.random.fold_in(k, n), k))(keys, jnp.asarray(high))
+    return _keys(low, high)
+
+
+@jax.jit
+def _keys(low: Array, high: Array) -> Array:
+    keys = jax.vmap(jax.random.key)(low)
+    return jax.vmap(lambda k, n: jnp.where(n > 0, jax.random.fold_in(k, n), k))(keys, high)

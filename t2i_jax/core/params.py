@@ -1,5 +1,6 @@
 """The variables of a model by dotted name, and a model built from them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
@@ -80,4 +81,10 @@ def check_fits(wanted: Named, arrays: Mapping[str, Shaped], source: str) -> None
 
 def abstract(config: HasInit[M]) -> M:
     """The model of a config with shapes in place of arrays."""
-    return jax.eval_shape(config.init, jax.random.key(0))
+    return jax.eval_shape(config.init, abstract_key())
+
+
+@functools.cache
+def abstract_key() -> jax.ShapeDtypeStruct:
+    """The shape of a random key, for which nothing is computed."""
+    return jax.eval_shape(lambda: jax.random.key(0))

@@ -77,9 +77,14 @@ CACHE = "jax_compilation_cache_dir"
 XLA_CACHES = "jax_persistent_cache_enable_xla_caches"
 
 
+def user_cache(name: str) -> Path:
+    """A folder of this library in the cache of the user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "t2i_jax", name)
+
+
 def local_cache() -> str:
     """Where compiled programs are kept on this machine."""
-    return str(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "t2i_jax" / "xla")
+    return str(user_cache("xla"))
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.errors import NoCluster as NoCluster
 from t2i_jax.core.fields import LARGEST, Checked, Range
 
 T = TypeVar("T")
@@ -116,6 +117,19 @@ def own_mesh(config: MeshConfig) -> Mesh:
     return MeshConfig(1, -1).build(jax.local_devices()) if several else config.build()
 
 
+def read_mesh(text: str, default: MeshConfig) -> MeshConfig:
+    """The mesh of `data=4,fsdp=2`; axes that are not named are 1. Errors: `ConfigError` for anything else."""
+    if not text:
+        return default
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in sizes or not number.removeprefix("-").isdigit():
+            raise ConfigError(f"--mesh {text}: '{part}' is not one of {', '.join(MESH_AXES)} with a size, as fsdp=4")
+        sizes[name] = int(number)
+    return MeshConfig(**sizes)
+
+
 def shard(x: Array, *axes: str | None) -> Array:
     """Pin the layout of an activation by axis names, one per dimension; does nothing where there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -153,6 +167,14 @@ def shardings(tree: T, mesh: Mesh | AbstractMesh) -> T:
         return jax.tree.map(one, v)
 
     return jax.tree.map(rule, tree, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+
+def on_cpu() -> jax.sharding.Sharding:
+    """The memory of this machine; where JAX_PLATFORMS leaves the CPU out, the first device."""
+    try:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -221,10 +243,6 @@ def to_host(x: Array) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-class NoCluster(ValueError):
-    """The environment asks for other processes and does not say how to find them."""
 
 
 def start_cluster() -> None:

@@ -16,6 +16,7 @@ from t2i_jax.codecs import losses
 from t2i_jax.core import config, image_files
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
+from t2i_jax.core.frozen import with_features
 from t2i_jax.core.image_files import to_uint8
 from t2i_jax.core.narrow import any_size, as_codec, classifier_guided, likelihood, uses_frozen_networks
 from t2i_jax.core.outputs import check_free
@@ -30,7 +31,7 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampler import condition_of
 from t2i_jax.sampling.options import plain_options
 from t2i_jax.storage.artifacts import Artifact, load_artifact, open_artifact
-from t2i_jax.training.experiment import Experiment, with_features
+from t2i_jax.training.experiment import Experiment
 
 
 def evaluate_folder(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import EllipsisType
 from typing import TypedDict, TypeVar
 
 import jax
@@ -116,14 +117,62 @@ class SafeTensors(Lazy):
         return np.array(np.memmap(self.path, dtype, "r", self.offsets[name], shape)[index])
 
 
+SCALE = "#scale"
+"""End of the name of the scales of a tensor that is stored in 8 bits."""
+
+
+class Restored(Lazy):
+    """The tensors of a file, of which those stored in 8 bits with scales are fp32 again: a number times its scale."""
+
+    def __init__(self, stored: SafeTensors):
+        self.stored, self.metadata = stored, stored.metadata
+        scaled = {k.removesuffix(SCALE) for k in stored.shapes if k.endswith(SCALE)}
+        kind = lambda name, x: jax.ShapeDtypeStruct(x.shape, np.float32 if name in scaled else x.dtype)
+        self.scaled = scaled & stored.shapes.keys()
+        self.shapes = {
+            k: kind(k, x) for k, x in stored.shapes.items() if k.removesuffix(SCALE) not in scaled or k in scaled
+        }
+        super().__init__({k: partial(self.part, k, (...,)) for k in self.shapes})
+
+    def part(self, name: str, index: tuple[slice | EllipsisType, ...]) -> np.ndarray:
+        """`self[name][index]`, of which nothing else is read."""
+        if name not in self.scaled:
+            return self.stored[name] if index == (...,) else self.stored.part(name, index)
+        scale = np.broadcast_to(self.stored[name + SCALE], self.shapes[name].shape)
+        return self.stored[name].astype(np.float32)[index] * scale[index]
+
+
+def in_8_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix, or a stack of them, as int8 and fp32 scales: x is about their product, up to half a scale.
+
+    The scale is that of an output; in a table, with far more rows than columns, that of a row.
+    """
+    axis = _scaled_along(x.shape)
+    scale = np.maximum(np.abs(x).max(axis, keepdims=True), np.finfo(np.float32).tiny * 127) / 127
+    return np.round(x / scale).astype(np.int8), scale.astype(np.float32)
+
+
+def _scaled_along(shape: tuple[int, ...]) -> int:
+    return -1 if shape[-2] > 4 * shape[-1] else -2
+
+
 Use = Callable[[str, ArrayLike], object]
 """Called with the name of an array and the array."""
 
 
-def stored_shapes(arrays: Mapping[str, Shaped], half: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of arrays in a file. half: fp32 as bf16."""
+def stored_shapes(
+    arrays: Mapping[str, Shaped], half: bool = False, int8: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of arrays in a file. half: fp32 as bf16. int8: matrices of fp32 as int8, with their scales."""
     dtype = lambda x: ml_dtypes.bfloat16 if half and x.dtype == np.float32 else x.dtype
-    return {k: jax.ShapeDtypeStruct(x.shape, dtype(x)) for k, x in arrays.items()}
+    found = {k: jax.ShapeDtypeStruct(x.shape, dtype(x)) for k, x in arrays.items()}
+    for name, x in arrays.items() if int8 else ():
+        if x.dtype == np.float32 and len(x.shape) > 1 and min(x.shape[-2:]) > 1:
+            axis, shape = _scaled_along(x.shape), list(x.shape)
+            shape[axis] = 1
+            found[name] = jax.ShapeDtypeStruct(x.shape, np.int8)
+            found[name + SCALE] = jax.ShapeDtypeStruct(tuple(shape), np.float32)
+    return found
 
 
 def write(path: str | os.PathLike, shapes: Mapping[str, Shaped], fill: Callable[[Use], R], about: str) -> R:
@@ -148,6 +197,9 @@ def write(path: str | os.PathLike, shapes: Mapping[str, Shaped], fill: Callable[
         file.truncate(8 + len(text) + at)
 
         def put(name: str, x: ArrayLike) -> None:
+            if name + SCALE in shapes:
+                x, scale = in_8_bits(np.asarray(x, np.float32))
+                put(name + SCALE, scale)
             file.seek(8 + len(text) + offsets[name])
             file.write(np.ascontiguousarray(np.asarray(x, shapes[name].dtype)).reshape(-1).view(np.uint8).data)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.outputs import write_json, write_markdown
-from t2i_jax.core.sharding import MESH_AXES, MeshConfig
 from t2i_jax.plan.chips import Topology
 from t2i_jax.plan.compiled import compile_plan, depth_of, plan_by_shallow_copies
 from t2i_jax.plan.estimate import estimate, resolved, trace
@@ -16,19 +15,6 @@ from t2i_jax.plan.ready import batch_of
 from t2i_jax.plan.report import Plan, markdown
 from t2i_jax.plan.sweep import sweep
 from t2i_jax.training.experiment import Experiment
-
-
-def read_mesh(text: str, default: MeshConfig) -> MeshConfig:
-    """The mesh of `data=4,fsdp=2`; axes that are not named are 1. Errors: `ConfigError` for anything else."""
-    if not text:
-        return default
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    for part in text.split(","):
-        name, _, number = part.partition("=")
-        if name not in sizes or not number.removeprefix("-").isdigit():
-            raise ConfigError(f"--mesh {text}: '{part}' is not one of {', '.join(MESH_AXES)} with a size, as fsdp=4")
-        sizes[name] = int(number)
-    return MeshConfig(**sizes)
 
 
 def run(

@@ -293,8 +293,13 @@ SOLVERS: dict[str, Step] = {
     "dpm++sde": dpm_solver_sde,
     "unipc": unipc,
 }
-
 """Solvers by the name that a config has; a user's own is `SOLVERS["name"] = step`."""
+_OF_PACKAGE = dict(SOLVERS)
+
+
+def has_own_solvers() -> bool:
+    """Whether a program has added or replaced solvers."""
+    return SOLVERS != _OF_PACKAGE
 
 
 def default_eta(solver: str) -> float:

@@ -16,14 +16,15 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.config import ConfigError, read_json, read_stored, write_stored
+from t2i_jax.core.errors import CheckpointError
 from t2i_jax.core.outputs import whole_folder
 from t2i_jax.core.params import Named, abstract, check_fits, named
+from t2i_jax.core.sharding import on_cpu
 from t2i_jax.core.specs import Shaped
 from t2i_jax.core.types import Trainable
 from t2i_jax.interop import tensorfile
 from t2i_jax.nn.layers import ModelState
 from t2i_jax.nn.lora import LoRA, adapted, added
-from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.storage.hub import readable
 from t2i_jax.storage.remote import download
 from t2i_jax.storage.stored import stored
@@ -74,6 +75,8 @@ def from_run(
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         return {k: (layout or {}).get(k, on_all) for k in shapes}
+
+    from t2i_jax.storage.checkpoints import Checkpoints  # Orbax takes long to import; released adapters need none
 
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         return checkpoints.weights(lay, lambda _, x: x, not on_all.is_fully_addressable)
@@ -150,7 +153,7 @@ def with_adapters(name: str, x: Array, adapters: Sequence[tuple[Adapter, float]]
 
 def check_adapters(config: Trainable, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Errors: `ConfigError` for adapters of another model."""
-    shapes = named(abstract(config))
+    shapes = named(abstract(config)) if adapters else {}
     for adapter, _ in adapters:
         for name, target in named(abstract(adapter.config)).items():
             adapts = name in adapter.arrays or f"{name}.a" in adapter.arrays

@@ -23,19 +23,20 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
+from t2i_jax import zoo
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, write_stored
+from t2i_jax.core.errors import CheckpointError
 from t2i_jax.core.fields import File, files, values
 from t2i_jax.core.outputs import whole_folder
 from t2i_jax.core.params import HasInit, abstract, assemble, check_fits, named, rebuild
-from t2i_jax.core.sharding import shardings
+from t2i_jax.core.sharding import on_cpu, shardings
 from t2i_jax.core.specs import Shaped
 from t2i_jax.core.types import Codec, Trainable
 from t2i_jax.interop import tensorfile
 from t2i_jax.nn.lora import LoRA, added
 from t2i_jax.storage import adapters
 from t2i_jax.storage.adapters import Adapter
-from t2i_jax.storage.checkpoints import CheckpointError, Checkpoints, on_cpu
 from t2i_jax.storage.hub import readable
 from t2i_jax.storage.moved import moved, moves
 from t2i_jax.storage.remote import download
@@ -140,7 +141,7 @@ def open_artifact(path: str | Path) -> OpenArtifact:
     if not (folder / "config.json").exists():
         there = "there is no such folder" if not where.exists() else "there is no config.json in it"
         there = there if where.is_dir() or not where.exists() else "it is a file; name the folder that holds it"
-        raise ConfigError(f"{where}: neither a run nor a released model: {there}")
+        raise ConfigError(f"{where}: neither a run nor a released model: {there}{zoo.hint(path)}")
     weights = folder / "model.safetensors"
     if weights.exists():
         content = released(folder)
@@ -148,6 +149,7 @@ def open_artifact(path: str | Path) -> OpenArtifact:
             arrays = tensorfile.content(weights)
             if not isinstance(arrays, tensorfile.SafeTensors):
                 raise ValueError(f"{weights}: is a PyTorch file; a released model has a safetensors file")
+            arrays = tensorfile.Restored(arrays)
         except (ValueError, OSError) as error:
             raise CheckpointError(str(error)) from error
         codec = str(folder / name) if (name := content.get("codec")) else ""
@@ -210,6 +212,7 @@ def from_run(
     folder: Path, model: nnx.Module, layout: Mapping[str, Sharding], use: Callable[[str, Array], R]
 ) -> tuple[int, dict[str, R]]:
     """The step and the weights of the newest sound checkpoint of a run, sharded as `layout` says, through `use`."""
+    from t2i_jax.storage.checkpoints import Checkpoints  # Orbax takes long to import, and a released model needs none
 
     def lay(source: Path, shapes: Mapping[str, Shaped]) -> Mapping[str, Sharding]:
         try:
@@ -224,7 +227,7 @@ def from_run(
 
 
 def from_file(
-    arrays: tensorfile.SafeTensors,
+    arrays: tensorfile.Restored,
     source: Path,
     model: nnx.Module,
     layout: Mapping[str, Sharding],
@@ -254,7 +257,7 @@ def is_stored(path: str | Path) -> bool:
     if "://" in str(path):
         return True
     try:
-        content = json.loads(Path(path, "config.json").read_text("utf-8"))
+        content = json.loads(Path(zoo.find(path) or path, "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return False
     model = content.get("model") if isinstance(content, dict) else None
@@ -263,9 +266,10 @@ def is_stored(path: str | Path) -> bool:
 
 def config_of(folder: str | Path) -> Trainable:
     """The configuration of the family or codec in a run or a released folder of this machine, without its weights."""
-    if (Path(folder) / "model.safetensors").exists():
-        return released(Path(folder))["model"]
-    return stored(Path(folder)).model
+    where = zoo.find(folder) or Path(folder)
+    if (where / "model.safetensors").exists():
+        return released(where)["model"]
+    return stored(where).model
 
 
 def assign(config: HasInit[M], arrays: dict[str, np.ndarray], source: Path) -> M:
@@ -294,18 +298,20 @@ def copy_artifact(
     card: Callable[[Artifact[Trainable]], str],
     config: Trainable | None = None,
     half: bool = False,
+    int8: bool = False,
 ) -> None:
     """Write the model of a run, or a released one, as a released model, one weight after the other: no more than
     one of them is in memory. card: the text of its card, for the artifact with shapes in the place of arrays.
     config: another of its kind, with other fields of those that no training depends on. half: weights of fp32 are
-    written in bf16, those of its codec too; what reads them computes in fp32 as before.
+    written in bf16, those of its codec too; what reads them computes in fp32 as before. int8: matrices in 8 bits,
+    with a scale for each output.
 
     Errors: as `load_artifact` and `save_artifact`.
     """
     there = open_artifact(source)
     layout = dict.fromkeys(named(there.artifact.model), on_cpu())
     artifact = dataclasses.replace(there.artifact, config=config or there.artifact.config)
-    _save(artifact, lambda put: there.read(layout, put)[0], folder, card, half)
+    _save(artifact, lambda put: there.read(layout, put)[0], folder, card, half, int8)
 
 
 def _save(
@@ -314,25 +320,26 @@ def _save(
     folder: str | Path,
     card: Callable[[Artifact[Trainable]], str],
     half: bool,
+    int8: bool = False,
 ) -> None:
-    """Write a released model whose weights `fill` writes; it returns their step. half: in bf16."""
+    """Write a released model whose weights `fill` writes; it returns their step. half, int8: as of `copy_artifact`."""
     with whole_folder(folder) as made:
-        shapes = tensorfile.stored_shapes({k: v.get_value() for k, v in named(artifact.model).items()}, half)
+        shapes = tensorfile.stored_shapes({k: v.get_value() for k, v in named(artifact.model).items()}, half, int8)
         step = tensorfile.write(made / "model.safetensors", shapes, fill, "t2i_jax")
         artifact = dataclasses.replace(artifact, step=step)
-        text = bundle_files(artifact.text, made, whole=True, half=half)
+        text = bundle_files(artifact.text, made, whole=True, half=half, int8=int8)
         config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
         config |= {"step": artifact.step, "image_size": artifact.image_size}
         write_stored(made / "config.json", config)
         (made / "README.md").write_text(card(artifact))
         if artifact.codec:
             about = lambda codec: f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n"
-            copy_artifact(artifact.codec, made / "codec", about, half=half)
+            copy_artifact(artifact.codec, made / "codec", about, half=half, int8=int8)
 
 
-def bundle_files(text: T, folder: Path, whole: bool = False, half: bool = False) -> T:
+def bundle_files(text: T, folder: Path, whole: bool = False, half: bool = False, int8: bool = False) -> T:
     """`text` with its vocabulary copied into `folder`, and if `whole` with its frozen encoder too, so that the folder
-    can be moved. An encoder that is a run becomes a released model; half: in bf16."""
+    can be moved. An encoder that is a run becomes a released model; half, int8: as of `copy_artifact`."""
 
     def copy(file: File, part: str, value: str) -> str:
         if file.large and not whole:
@@ -340,7 +347,7 @@ def bundle_files(text: T, folder: Path, whole: bool = False, half: bool = False)
         name = part + file.name + ("" if Path(value).is_dir() else Path(value).suffix)
         if not (folder / name).exists() and (Path(value) / "checkpoints").is_dir():
             about = lambda encoder: f"# {type(encoder.config).__name__}\n\nThe text encoder of the model above.\n"
-            copy_artifact(value, folder / name, about, half=half)
+            copy_artifact(value, folder / name, about, half=half, int8=int8)
         elif not (folder / name).exists():
             copy_files(Path(value), folder / name)
         return name

@@ -27,8 +27,10 @@ from rich.markup import escape
 
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import console
+from t2i_jax.core.errors import CheckpointError as CheckpointError
+from t2i_jax.core.errors import NotWritten as NotWritten
 from t2i_jax.core.memory import return_freed
-from t2i_jax.core.sharding import all_processes_agree
+from t2i_jax.core.sharding import all_processes_agree, on_cpu
 from t2i_jax.interop.names import Table
 from t2i_jax.storage.checksums import checksums
 from t2i_jax.storage.moved import Move
@@ -68,14 +70,6 @@ class Meta(TypedDict):
 
 
 Lay = Callable[[Path, dict[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or written; the message names the file."""
-
-
-class NotWritten(CheckpointError):
-    """A checkpoint that could not be written, whose writers may still be running."""
 
 
 class Damaged(ValueError):
@@ -504,14 +498,6 @@ def zeros(arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> dict[str, j
     """Arrays of zeros of these shapes, placed as they say."""
     make = lambda x: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
     return {k: make(x) for k, x in arrays.items()}
-
-
-def on_cpu() -> jax.sharding.Sharding:
-    """The memory of this machine; where JAX_PLATFORMS leaves the CPU out, the first device."""
-    try:
-        return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:
-        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def groups(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:

@@ -1,4 +1,5 @@
-"""Models of a hub: `hf://org/name`, a file or folder of it, at a revision; and released models pushed to one.
+"""Where a model that is named lies: a folder, a name of the zoo, a path of an object store, or `hf://org/name` of a
+hub, a file or folder of it, at a revision; and released models pushed to a hub.
 
 Downloads resume and stay in the hub's own cache; its token and its other settings (`HF_TOKEN`, `HF_HOME`,
 `HF_HUB_OFFLINE`, `HF_ENDPOINT`) are where `huggingface_hub` looks for them.
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from t2i_jax import zoo
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.storage.remote import resolve_path
 
@@ -21,12 +23,15 @@ LEFT_OUT = ("*.h5", "*.ot", "*.onnx", "*.tflite", "*.msgpack", "onnx/*", "openvi
 
 
 def readable(path: str | Path) -> Path:
-    """Where to read `path`: here, in an object store, or here after a download from a hub.
+    """Where to read `path`: here, in the zoo, in an object store, or here after a download from a hub.
 
-    Errors: `ConfigError` as of `resolve_path`, and for a repository, revision or file that is not there, is closed to
-    this user, or cannot be reached.
+    A word that is a model of the zoo, `emoji-64`, is that model, and `emoji-64/codec` its codec, unless the working
+    directory has a file or folder of that name. Errors: `ConfigError` as of `resolve_path`, and for a repository,
+    revision or file that is not there, is closed to this user, or cannot be reached.
     """
-    return from_hub(str(path)) if re.match(r"^hf:/", str(path)) else resolve_path(path)
+    if re.match(r"^hf:/", str(path)):
+        return from_hub(str(path))
+    return zoo.find(path) or resolve_path(path)
 
 
 def from_hub(path: str) -> Path:

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.fields import Checked, Range
+from t2i_jax.core.params import abstract_key
 from t2i_jax.interop import minilm as published
 from t2i_jax.nn.layers import Embedding, LayerNorm, normal, param
 from t2i_jax.nn.transformer import Transformer, scan_stack, stack
@@ -64,8 +65,8 @@ class MiniLM(Checked, LimitedEncoder):
 
     def load(self) -> MiniLMEncoder:
         """The encoder with its published weights, in fp32. Errors: ImportError if the package is missing."""
-        abstract = jax.eval_shape(MiniLMEncoder, jax.random.key(0))
-        return jax.tree.map(jnp.asarray, published.load(abstract, SHAPE.head_size))
+        abstract = jax.eval_shape(MiniLMEncoder, abstract_key())
+        return jax.device_put(published.load(abstract, SHAPE.head_size))
 
     def features(self, model: MiniLMEncoder, ids: Array, mask: Array) -> Array:
         """One vector per token: (b, s) ids and mask -> (b, s, 384) fp32, arbitrary where the mask is False.

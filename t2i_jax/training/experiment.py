@@ -18,6 +18,7 @@ from t2i_jax.core import config
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.fields import FREE, Checked, Count, NotNegative, Range, Rate, Size
+from t2i_jax.core.frozen import Frozen, with_features, with_low_codes
 from t2i_jax.core.narrow import (
     any_size,
     as_family,
@@ -26,7 +27,6 @@ from t2i_jax.core.narrow import (
     check_codes,
     embeds_images,
     gives_features,
-    image_text_encoder,
     learns_from_images,
     text_encoder,
     uses_frozen_networks,
@@ -39,7 +39,7 @@ from t2i_jax.nn.lora import LoRA
 from t2i_jax.storage.artifacts import Artifact, load_codec, on_host
 from t2i_jax.storage.checkpoints import Best
 from t2i_jax.training.optimizer import Optimizer
-from t2i_jax.training.step import Frozen, Prepare
+from t2i_jax.training.step import Prepare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,18 +271,6 @@ def as_floats(batch: dict[str, Array]) -> dict[str, Array]:
     return batch | {"image": batch["image"].astype(jnp.float32) / 127.5 - 1}
 
 
-def with_low_codes(spec: BatchSpec, codec: Codec | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
-    """A batch with the codes of the small image, `low_codes` int (b, h, w), if the model reads them and the batch has
-    none: of its `low_res` float (b, i, j, 3) in [-1, 1], or of its `image`, scaled to as many pixels as `low_codes` of
-    the spec has codes for."""
-    small = batch.get("low_res", batch.get("image"))
-    if "low_codes" not in spec or "low_codes" in batch or codec is None or small is None:
-        return batch
-    rows, columns = (n * codec.spec.factor for n in spec["low_codes"].shape if n is not None)
-    small = jax.image.resize(small, (len(small), rows, columns, 3), "linear")
-    return batch | {"low_codes": codec.encode(frozen["codec"], small)}
-
-
 def with_low_res(spec: BatchSpec, codec: Codec | None, batch: dict[str, Array]) -> dict[str, Array]:
     """A batch with the small image, `low_res` float (b, i, j, 3) in [-1, 1], if a model of latents reads it and the
     batch has none: its `image`, scaled to a pixel for each code."""
@@ -294,19 +282,3 @@ def with_low_res(spec: BatchSpec, codec: Codec | None, batch: dict[str, Array]) 
     b, i, j, c = image.shape
     size = (b, i // codec.spec.factor, j // codec.spec.factor, c)
     return batch | {"low_res": jax.image.resize(image, size, "linear", antialias=True)}
-
-
-def with_features(text: Tokenizer | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
-    """A batch with features of its images or captions, if the text encoder computes them and the batch has none."""
-    if embeds_images(text) and "image" in batch and "image_features" not in batch:
-        embedding = image_text_encoder(text).image_features(frozen["text"], batch["image"])
-        batch = batch | {"image_features": embedding}
-    if "features" in batch or not gives_features(text):
-        return batch
-    if "image" in batch and learns_from_images(text):
-        features = image_text_encoder(text).image_features(frozen["text"], batch["image"])
-    elif "text" in batch:
-        features = text_encoder(text).features(frozen["text"], batch["text"], batch["text_mask"])
-    else:
-        return batch
-    return batch | {"features": features}

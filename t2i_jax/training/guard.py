@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core.console import console
+from t2i_jax.core.errors import NotFinite as NotFinite
 from t2i_jax.core.params import Named, rebuild
 from t2i_jax.training.objectives import losses
 from t2i_jax.training.optimizer import rank
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 
 NAMED = 8
 """Arrays that a message names."""
-
-
-class NotFinite(ArithmeticError):
-    """A loss or a gradient is NaN or infinite; the message names the step and the layer."""
 
 
 class Guard:

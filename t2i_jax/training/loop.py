@@ -18,6 +18,7 @@ from rich.progress import TextColumn
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError, read_json, to_json
 from t2i_jax.core.console import bar, console
+from t2i_jax.core.errors import Interrupted as Interrupted
 from t2i_jax.core.jaxprs import UnknownForm
 from t2i_jax.core.outputs import check_parent, check_utf8, write_json
 from t2i_jax.core.platform import shared_cache
@@ -40,14 +41,6 @@ from t2i_jax.training.trainer import Shapes, Trainer, shapes_of
 from t2i_jax.training.watch import raise_peer_lost, watchdog
 
 Preview = Callable[[Trainer, TrainState, int], np.ndarray | None]
-
-
-class Interrupted(Exception):
-    """A signal stopped the run; it is saved and can be resumed with the same command."""
-
-    def __init__(self, message: str, number: int = signal.SIGINT):
-        super().__init__(message)
-        self.signal = int(number)
 
 
 def check_run(folder: Path) -> None:

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.config import ConfigError
+from t2i_jax.core.frozen import Frozen
 from t2i_jax.core.keys import apart, seed_key
 from t2i_jax.core.params import Named, rebuild
 from t2i_jax.core.types import LossOutput, Objective
@@ -32,9 +33,6 @@ from t2i_jax.training.spikes import find_spike
 from t2i_jax.training.state import TrainState, carried_of
 
 Metrics = dict[str, Array]
-Frozen = Mapping[str, object]
-"""modules that nothing trains: `codec`, `text`, and `loss`, which only losses read; and `base`, the parameters by name
-that adapters leave as they are"""
 Prepare = Callable[[Frozen, dict[str, Array], Array], dict[str, Array]]
 
 

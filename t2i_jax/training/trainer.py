@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from t2i_jax.core import flops
 from t2i_jax.core.config import ConfigError, refused
+from t2i_jax.core.frozen import Frozen
 from t2i_jax.core.keys import apart, seed_key
 from t2i_jax.core.memory import check_memory
 from t2i_jax.core.narrow import fitted, learns_from_images, reads_codec
@@ -29,7 +30,7 @@ from t2i_jax.core.specs import check_batch, in_common
 from t2i_jax.core.types import AnySize
 from t2i_jax.nn.lora import adapted, fixed_of, merged
 from t2i_jax.text.cut import check_vocabulary, noticing
-from t2i_jax.training.experiment import Experiment, Frozen, frozen_parts, make_prepare, record_spec, sized
+from t2i_jax.training.experiment import Experiment, frozen_parts, make_prepare, record_spec, sized
 from t2i_jax.training.objectives import (
     by_optimizer,
     check_objectives,

@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from t2i_jax.core.errors import PeerLost as PeerLost
+
 STATUS = 75
 """Exit status of a run that lost another process: launchers restart it."""
-
-
-class PeerLost(RuntimeError):
-    """A collective failed, as it does when a process is gone."""
 
 
 @contextlib.contextmanager
