@@ -15,7 +15,7 @@ LEAST = 0.2
 LEAST_STEPS = 20
 """Steps that are made however little time there is."""
 ENOUGH = {"ar": 2000, "masked": 5000, "diffusion": 20_000, "gan": 20_000}
-"""Steps that are allowed however few pictures there are: codes are soon known by heart, noise is drawn anew each time."""
+"""Steps that are allowed however few pictures there are: codes are soon known by heart, noise is always new."""
 CODEC_ENOUGH = 3000
 
 
