@@ -78,7 +78,8 @@ def _unet(tensors: Tensors, *, length: int, **fields: object) -> UNet:
     encoded = CrossAttnFeatures(found["context"], length, trained_null=False, kept_null="null_features" in tensors)
     image = tensors.get(published.IMAGE)
     what = encoded if image is None else NoisedImageAndTokens(encoded, image.shape[1] // 2, image.shape[0])
-    return UNet(**(found | fields), conditioning=Conditioning(what))
+    shape: Fields = found | fields
+    return UNet(**shape, conditioning=Conditioning(what))
 
 
 def _ends(tensors: Tensors, **hints: object) -> tuple[Tensors, Fields]:
