@@ -155,7 +155,7 @@ def _fitting(protocol: type) -> tuple[type, ...]:
 
 
 @functools.cache
-def _entries() -> frozenset[type]:
+def _entries() -> frozenset[object]:
     from docs.ext.reach import documented
 
     return frozenset(documented())

@@ -194,8 +194,9 @@ def formats() -> str:
 
 
 def _kind(hint: object) -> str:
-    plain = isinstance(hint, type) and not typing.get_args(hint)
-    return hint.__name__ if plain else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "").replace("collections.abc.", "")
 
 
 def source_classes() -> list[type]:

@@ -59,8 +59,8 @@ def fitting(protocol: type) -> tuple[type, ...]:
     return tuple(c for c in dataclasses_of_parts() if wanted and wanted <= {*dir(c), *_field_names(c)})
 
 
-def _field_names(cls: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
+def _field_names(cls: object) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
 
 
 def _classes(hint: object) -> set[type]:

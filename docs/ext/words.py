@@ -23,6 +23,7 @@ WORDS = {
     "eps": "Added to the variance of a norm.",
     "final_norm": "Whether the output is normalised once more.",
     "groups": "Number of groups of the group norm.",
+    "head": "Distribution of one code.",
     "heads": "Number of attention heads.",
     "high": "Largest noise of sampling.",
     "image_tokens": "Number of tokens that the embedding of the image is projected to.",
