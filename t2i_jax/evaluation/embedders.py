@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from t2i_jax.core.narrow import embeds_images, gives_features, image_text_encode
 from t2i_jax.core.sharding import batch_sharding, put_on_mesh, shardings
 from t2i_jax.data.records import Record, title
 from t2i_jax.evaluation.features import SIZES, FeatureNetwork, batches, images_of, space_of
+from t2i_jax.networks.clip import CLIPNetwork
 from t2i_jax.storage.artifacts import on_host
 from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.text.index import weights_digest
@@ -107,7 +108,7 @@ def _of_space(space: FeatureNetwork, batch_size: int) -> Embedder:
 
 def _of_images(text: TextEncoder, model: nnx.Module, images: Array) -> Array:
     if isinstance(text, ClipEmbedding):
-        return text.embed_images(model, images)  # not normalised, as models of neighbours read them
+        return text.embed_images(cast(CLIPNetwork, model), images)  # not normalised, as models of neighbours read them
     found = image_text_encoder(text).image_features(model, images)
     return found if found.ndim == 2 else found.mean(1)
 
@@ -115,7 +116,7 @@ def _of_images(text: TextEncoder, model: nnx.Module, images: Array) -> Array:
 def _of_captions(text: TextEncoder, model: nnx.Module, ids: Array, mask: Array) -> Array:
     """The vector of a caption, or the mean of those of its tokens."""
     if isinstance(text, ClipEmbedding):
-        return text.embed_captions(model, ids)
+        return text.embed_captions(cast(CLIPNetwork, model), ids)
     found = text.features(model, ids, mask)
     counts = (mask if mask.shape[1] == found.shape[1] else jnp.ones(found.shape[:2]))[..., None]
     return (found * counts).sum(1) / jnp.maximum(counts.sum(1), 1)

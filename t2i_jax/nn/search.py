@@ -75,8 +75,7 @@ def search(table: Table, queries: Float[Array, "b k"], count: int, most: int = M
         vectors = jnp.where(mine[..., None], rows[jnp.where(mine, found - first, 0)], 0)
         return Found(cosines, found, jax.lax.psum(vectors, axes))
 
-    whole = Found(P(), P(), P())
-    split = jax.shard_map(part, in_specs=(P(axes), P(axes), P()), out_specs=whole, check_vma=False)
+    split = jax.shard_map(part, in_specs=(P(axes), P(axes), P()), out_specs=P(), check_vma=False)
     found = split(rows, scale, queries)
     return found._replace(cosines=found.cosines / lengths)
 
