@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import cast
@@ -116,7 +116,7 @@ _sample = jax.jit(_draw, static_argnames=("program", "guided"))
 
 @functools.lru_cache(64)
 def _kept(
-    program: Program, guided: bool | None, tree: jax.tree_util.PyTreeDef, shapes: tuple[jax.ShapeDtypeStruct, ...]
+    program: Program, guided: bool | None, tree: Hashable, shapes: tuple[jax.ShapeDtypeStruct, ...]
 ) -> Callable[..., Array] | None:
     """The compiled program with arguments of these shapes, called with their leaves, whose trace is kept on this
     machine; None where it is not, and the program is to be traced.

@@ -65,11 +65,11 @@ def draw(picture: Image.Image, plain: Image.Image | None = None, out: TextIO | N
 
     plain: what to draw in its place where a character has two pixels.
     """
-    out = sys.stdout if out is None else out
-    how = protocol(os.environ, out.isatty())
+    stream = sys.stdout if out is None else out
+    how = protocol(os.environ, stream.isatty())
     if how is None:
         return False
-    columns, wide = _window(out)
+    columns, wide = _window(stream)
     if how in ("blocks", "blocks256"):
         lines = blocks(fitted(plain or picture, columns), how == "blocks256")
     elif how == "sixel":
@@ -79,9 +79,9 @@ def draw(picture: Image.Image, plain: Image.Image | None = None, out: TextIO | N
         lines = (kitty if how == "kitty" else iterm)(picture, limit)
     try:
         for line in lines:
-            out.write(line)
-        out.write("\n")
-        out.flush()
+            stream.write(line)
+        stream.write("\n")
+        stream.flush()
     except UnicodeEncodeError:  # the terminal's encoding has no half blocks
         return False
     return True

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import EllipsisType
 from typing import TypedDict, TypeVar
 
 import jax
@@ -132,14 +131,17 @@ class Restored(Lazy):
         self.shapes = {
             k: kind(k, x) for k, x in stored.shapes.items() if k.removesuffix(SCALE) not in scaled or k in scaled
         }
-        super().__init__({k: partial(self.part, k, (...,)) for k in self.shapes})
+        super().__init__({k: partial(self._whole, k) for k in self.shapes})
 
-    def part(self, name: str, index: tuple[slice | EllipsisType, ...]) -> np.ndarray:
-        """`self[name][index]`, of which nothing else is read."""
+    def _whole(self, name: str) -> np.ndarray:
+        return self.part(name, ()) if name in self.scaled else self.stored[name]
+
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`self[name][index]`."""
         if name not in self.scaled:
-            return self.stored[name] if index == (...,) else self.stored.part(name, index)
+            return self.stored.part(name, index)
         scale = np.broadcast_to(self.stored[name + SCALE], self.shapes[name].shape)
-        return self.stored[name].astype(np.float32)[index] * scale[index]
+        return self.stored[name][index].astype(np.float32) * scale[index]
 
 
 def in_8_bits(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

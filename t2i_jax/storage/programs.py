@@ -23,7 +23,7 @@ from pathlib import Path
 
 import flax
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 from jax import Array, export
 from jax.sharding import NamedSharding
@@ -42,7 +42,7 @@ PROGRAMS_LIMIT, COMPILED_LIMIT = 2**28, 2**31
 """Bytes that traced and compiled programs may take; those not used for longest are removed."""
 PACKAGES = {
     "jax": jax.__version__,
-    "jaxlib": jaxlib.__version__,
+    "jaxlib": jaxlib.version.__version__,
     "flax": flax.__version__,
     "numpy": np.__version__,
 }
