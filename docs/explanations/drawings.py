@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-INK, LINE, FILLS = "#1f2933", "#7b8794", ("#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#ede9fe", "#f1f5f9")
+INK, LINE = "#1f2933", "#7b8794"
+BLUE, GREEN, YELLOW, PINK, VIOLET, GREY = "#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#ede9fe", "#f1f5f9"
 
 
 def text(x: float, y: float, words: str, size: int = 14, anchor: str = "middle", style: str = "") -> str:
@@ -40,7 +41,6 @@ def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
 
 def idea() -> str:
     """The parts of every system, and what goes between them."""
-    blue, green, yellow, pink, violet, grey = FILLS
     return drawing(
         820,
         250,
@@ -48,21 +48,21 @@ def idea() -> str:
         [
             text(52, 64, "&#8220;a red heart&#8221;", 13),
             arrow(100, 60, 128, 60),
-            box(130, 35, 110, 50, blue, "text", "T5, CLIP, MiniLM"),
+            box(130, 35, 110, 50, BLUE, "text", "T5, CLIP, MiniLM"),
             arrow(240, 60, 298, 60, "c"),
-            box(300, 35, 120, 110, green, "network", "Transformer, UNet"),
+            box(300, 35, 120, 110, GREEN, "network", "Transformer, UNet"),
             arrow(420, 90, 478, 90, "z"),
-            box(480, 65, 110, 50, yellow, "head", "p(x | z)"),
+            box(480, 65, 110, 50, YELLOW, "head", "p(x | z)"),
             arrow(590, 90, 638, 90, "x"),
-            box(640, 65, 90, 50, pink, "codec", "codes to image"),
+            box(640, 65, 90, 50, PINK, "codec", "codes to image"),
             arrow(730, 90, 758, 90),
             '<rect x="762" y="68" width="44" height="44" rx="4" fill="#fff7f7" stroke="#7b8794"/>',
-            '<path d="M784 104 C768 92 768 78 778 78 C782 78 784 82 784 84 C784 82 786 78 790 78 C800 78 800 92 784 104z" '
-            'fill="#dc3230"/>',
+            '<path d="M784 104 C768 92 768 78 778 78 C782 78 784 82 784 84 '
+            'C784 82 786 78 790 78 C800 78 800 92 784 104z" fill="#dc3230"/>',
             f'<path d="M535 115 V 215 H 230 V 124 H 296" fill="none" stroke="{LINE}" stroke-width="1.6" '
             'marker-end="url(#tip)"/>',
             text(380, 208, "codes that are known by now", 12),
-            box(640, 175, 90, 50, violet, "order", "which, when"),
+            box(640, 175, 90, 50, VIOLET, "order", "which, when"),
             f'<line x1="640" y1="200" x2="539" y2="200" stroke="{LINE}" stroke-width="1.6" stroke-dasharray="5 4" '
             'marker-end="url(#tip)"/>',
         ],
@@ -98,41 +98,38 @@ def orders() -> str:
 
 def game() -> str:
     """The pairs that a discriminator of pictures and sentences sees."""
-    blue, green, yellow, pink, _, grey = FILLS
     rows = [
-        ("real picture", "its sentence", "real", green),
-        ("drawn picture", "its sentence", "fake", pink),
-        ("real picture", "another sentence", "fake", pink),
+        ("real picture", "its sentence", "real", GREEN),
+        ("drawn picture", "its sentence", "fake", PINK),
+        ("real picture", "another sentence", "fake", PINK),
     ]
-    parts = [box(20, 88, 110, 50, yellow, "G", "noise, sentence"), arrow(130, 113, 178, 113)]
+    parts = [box(20, 88, 110, 50, YELLOW, "G", "noise, sentence"), arrow(130, 113, 178, 113)]
     for n, (picture, sentence, said, fill) in enumerate(rows):
         y = 22 + n * 72
-        parts += [box(180, y, 130, 46, grey, picture), box(320, y, 150, 46, blue, sentence)]
+        parts += [box(180, y, 130, 46, GREY, picture), box(320, y, 150, 46, BLUE, sentence)]
         parts += [arrow(470, y + 23, 528, 117 + (n - 1) * 12)]
         parts += [box(680, y, 80, 46, fill, said), arrow(620, 117 + (n - 1) * 12, 678, y + 23)]
-    return drawing(780, 235, "real, drawn and mismatched pairs", [*parts, box(530, 87, 90, 60, yellow, "D")])
+    return drawing(780, 235, "real, drawn and mismatched pairs", [*parts, box(530, 87, 90, 60, YELLOW, "D")])
 
 
 def checkpoint() -> str:
     """A run that is stopped and goes on on another mesh."""
-    blue, green, yellow, pink, _, _ = FILLS
     parts = []
     for n in range(12):
-        parts.append(box(20 + n * 60, 60, 50, 36, green if n < 7 else blue, str(n)))
+        parts.append(box(20 + n * 60, 60, 50, 36, GREEN if n < 7 else BLUE, str(n)))
     parts += [
         text(45, 42, "step n reads batch n, with key n", 13, "start"),
         f'<line x1="435" y1="50" x2="435" y2="140" stroke="{LINE}" stroke-width="2" stroke-dasharray="5 4"/>',
         text(435, 158, "killed; the same command again", 13),
         text(225, 130, "64 chips", 13),
         text(590, 130, "128 chips: the same batches, the same keys", 13),
-        box(330, 172, 210, 36, yellow, "a checkpoint"),
+        box(330, 172, 210, 36, YELLOW, "a checkpoint"),
     ]
     return drawing(750, 222, "a run that goes on elsewhere", parts)
 
 
 def fsdp() -> str:
     """What each axis of a mesh divides, on four chips."""
-    blue, green, yellow, pink, violet, grey = FILLS
     parts = []
     for i, (name, about) in enumerate(
         {
@@ -146,19 +143,19 @@ def fsdp() -> str:
         parts.append(text(left + 110, 190, about, 12))
         for chip in range(4):
             x = left + chip * 56
-            parts.append(f'<rect x="{x}" y="40" width="50" height="130" rx="6" fill="{grey}" stroke="{LINE}"/>')
+            parts.append(f'<rect x="{x}" y="40" width="50" height="130" rx="6" fill="{GREY}" stroke="{LINE}"/>')
             for part in range(4):
-                fill = blue if name == "data" or part == chip else "#ffffff"
+                fill = BLUE if name == "data" or part == chip else "#ffffff"
                 w = f'x="{x + 7}" y="{48 + part * 15}" width="36" height="13"'
                 if name == "tensor":
                     w = f'x="{x + 7 + part * 9}" y="48" width="8" height="58"'
                 parts.append(f'<rect {w} rx="2" fill="{fill}" stroke="{LINE}" stroke-width="0.6"/>')
             for row in range(4):
                 mine = row == chip or name == "tensor"
-                fill = yellow if mine else "#ffffff"
+                fill = YELLOW if mine else "#ffffff"
                 parts.append(
-                    f'<rect x="{x + 7}" y="{116 + row * 12}" width="36" height="10" rx="2" fill="{fill}" stroke="{LINE}" '
-                    'stroke-width="0.6"/>'
+                    f'<rect x="{x + 7}" y="{116 + row * 12}" width="36" height="10" rx="2" fill="{fill}" '
+                    f'stroke="{LINE}" stroke-width="0.6"/>'
                 )
     parts.append(text(375, 214, "blue: weights &#160; yellow: images of the batch &#160; four chips each", 12))
     return drawing(750, 226, "what the axes of a mesh divide", parts)
@@ -166,12 +163,11 @@ def fsdp() -> str:
 
 def tables() -> str:
     """A line of a table leads from a published tensor to ours and back."""
-    blue, green, yellow, _, _, _ = FILLS
     parts = [
-        box(20, 40, 220, 110, blue, "model.safetensors", "layers.0.ffn.w1.weight (f, d)"),
-        box(300, 30, 160, 50, yellow, "describe", "shapes to config"),
-        box(300, 110, 160, 50, yellow, "table", "names, f d -&gt; d f"),
-        box(520, 40, 210, 110, green, "released model", "blocks.mlp.gate.w (layer, d, f)"),
+        box(20, 40, 220, 110, BLUE, "model.safetensors", "layers.0.ffn.w1.weight (f, d)"),
+        box(300, 30, 160, 50, YELLOW, "describe", "shapes to config"),
+        box(300, 110, 160, 50, YELLOW, "table", "names, f d -&gt; d f"),
+        box(520, 40, 210, 110, GREEN, "released model", "blocks.mlp.gate.w (layer, d, f)"),
         arrow(240, 60, 298, 55),
         arrow(460, 55, 518, 60),
         arrow(240, 120, 298, 128),
