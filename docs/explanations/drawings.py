@@ -1,4 +1,4 @@
-"""The drawings of the explanations, as SVG beside their pages: python docs/explanations/drawings.py."""
+"""The drawings of the explanations, as SVG next to their pages: python docs/explanations/drawings.py."""
 
 from __future__ import annotations
 
