@@ -27,7 +27,7 @@ from t2i_jax.evaluation.neighbours import (
 )
 from t2i_jax.evaluation.probe import Probe, nearest_distances, wilson
 from t2i_jax.nn.layers import Linear
-from t2i_jax.nn.search import Table, search
+from t2i_jax.nn.search import EmbeddingTable, search
 from t2i_jax.text.index import Index, read_index, weights_digest
 from t2i_jax.text.retrieval import with_database
 from tests.fixtures import toys
@@ -47,7 +47,7 @@ def brute_force(rows, queries, count):
 def on_mesh(mesh, rows, queries, count, most):
     mesh = MeshConfig(*mesh).build()
     with jax.set_mesh(mesh):
-        table = Table(jnp.asarray(rows))
+        table = EmbeddingTable(jnp.asarray(rows))
         table = jax.device_put(table, shardings(table, mesh))
         split = [s.data.shape[0] for s in table.rows[...].addressable_shards]
         assert split == [len(table.rows[...]) // mesh.size] * mesh.size  # no device has all of it

@@ -23,7 +23,7 @@ from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.vq_diffusion import VQDiffusion
 from t2i_jax.networks.condition import CrossAttnFeatures
 from t2i_jax.networks.unet import UNet
-from t2i_jax.nn.search import Table, nearest
+from t2i_jax.nn.search import EmbeddingTable, nearest
 from t2i_jax.noise.discrete import Chain
 from t2i_jax.noise.processes import EDM, Discrete, Flow
 from t2i_jax.noise.schedule import Schedule
@@ -58,7 +58,7 @@ def test_the_search_is_by_cosine_and_gives_what_is_stored():
     database *= rng.uniform(0.1, 10, (20, 1)).astype(np.float32)
     cosines = queries @ (database / np.linalg.norm(database, axis=1, keepdims=True)).T
     order = np.argsort(-cosines, 1)
-    rows, database, queries = database, Table(jnp.asarray(database)), jnp.asarray(queries)
+    rows, database, queries = database, EmbeddingTable(jnp.asarray(database)), jnp.asarray(queries)
     np.testing.assert_array_equal(nearest(database, queries, 5), order[:, :5])
     program = str(jax.make_jaxpr(lambda q: nearest(database, q, 5))(queries))
     assert "f32[3,1]" in program and "f32[256,1]" not in program  # lengths of queries alone are computed
@@ -99,7 +99,7 @@ def test_neighbours_of_images_and_of_captions(clip, tmp_path):
     ids, mask = map(jnp.asarray, text(["a cat", ""]))
     assert mask.tolist() == [[True], [False]] and text.feature_shape == (3, 12) and text.spec.image_features
     drawn = text.features(model, ids, mask)
-    rows, raw = Table(jnp.asarray(rows)), model.clip.text.embed(ids)
+    rows, raw = EmbeddingTable(jnp.asarray(rows)), model.clip.text.embed(ids)
     np.testing.assert_allclose(drawn, retrieved(rows, raw, 2), rtol=1e-5)
     own = clip.embed_images(model.clip, images)
     assert np.abs(np.linalg.norm(own, axis=-1) - 1).min() > 1e-3  # as the database, not normalised

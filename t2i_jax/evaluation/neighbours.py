@@ -33,7 +33,7 @@ from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.data.transforms import to_square
 from t2i_jax.evaluation.embedders import Embedder
 from t2i_jax.evaluation.features import batches
-from t2i_jax.nn.search import Table, search
+from t2i_jax.nn.search import EmbeddingTable, search
 from t2i_jax.text.index import FACTS, VERSION, Index, is_index, parts_of, read_index
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.watch import raise_peer_lost
@@ -138,7 +138,7 @@ def searcher(index: Index, experiment: Experiment, how: How = "exact") -> Search
     if how != "exact":
         return approximate(index.rows, how)
     mesh = own_mesh(experiment.mesh)
-    table = Table(jnp.asarray(index.rows))
+    table = EmbeddingTable(jnp.asarray(index.rows))
     table = put_on_mesh(table, shardings(table, mesh))
     found = jax.jit(search, static_argnums=2)
 

@@ -24,7 +24,7 @@ SPLIT = 256
 """Tables are filled up to a multiple of so many rows, which most meshes divide."""
 
 
-class Table(nnx.Module):
+class EmbeddingTable(nnx.Module):
     """Vectors fp32 (n, k), and one over the length of each, which a search needs and no call computes again.
 
     They are split over all devices of a mesh. Rows that fill the table up have the scale 0 and are never found.
@@ -37,7 +37,7 @@ class Table(nnx.Module):
         self.scale = ModelState(jnp.pad(scale, (0, more)), axes=("rows",))
 
 
-class Found(NamedTuple):
+class Nearest(NamedTuple):
     """The nearest rows of each query, by falling cosine."""
 
     cosines: Array
@@ -49,7 +49,7 @@ class Found(NamedTuple):
 
 
 @typed
-def search(table: Table, queries: Float[Array, "b k"], count: int, most: int = MOST_PRODUCTS) -> Found:
+def search(table: EmbeddingTable, queries: Float[Array, "b k"], count: int, most: int = MOST_PRODUCTS) -> Nearest:
     """The `count` rows of a table whose cosines with each query (b, k) are largest.
 
     Equal to a sort of all cosines, computed in fp32, by falling cosine and then by number. The table has at least
@@ -62,9 +62,9 @@ def search(table: Table, queries: Float[Array, "b k"], count: int, most: int = M
     axes = RULES["rows"]
     if mesh.empty or mesh.size == 1 or not spec or spec[0] is None or not isinstance(axes, tuple):
         cosines, found = _nearest(rows, scale, queries, count, most)
-        return Found(cosines / lengths, found, rows[found])
+        return Nearest(cosines / lengths, found, rows[found])
 
-    def part(rows: Array, scale: Array, queries: Array) -> Found:
+    def part(rows: Array, scale: Array, queries: Array) -> Nearest:
         """What one device does: its candidates, the best of those of all, and their vectors, each from its device."""
         first = jax.lax.axis_index(axes) * len(rows)
         cosines, found = _nearest(rows, scale, queries, min(count, len(rows)), most)
@@ -73,7 +73,7 @@ def search(table: Table, queries: Float[Array, "b k"], count: int, most: int = M
         found = jnp.take_along_axis(together(found + first), places, 1)
         mine = (found >= first) & (found < first + len(rows))
         vectors = jnp.where(mine[..., None], rows[jnp.where(mine, found - first, 0)], 0)
-        return Found(cosines, found, jax.lax.psum(vectors, axes))
+        return Nearest(cosines, found, jax.lax.psum(vectors, axes))
 
     split = jax.shard_map(part, in_specs=(P(axes), P(axes), P()), out_specs=P(), check_vma=False)
     found = split(rows, scale, queries)
@@ -108,6 +108,6 @@ def _nearest(rows: Array, scale: Array, queries: Array, count: int, most: int) -
 
 
 @typed
-def nearest(table: Table, queries: Float[Array, "b k"], count: int) -> Int[Array, "b {count}"]:
+def nearest(table: EmbeddingTable, queries: Float[Array, "b k"], count: int) -> Int[Array, "b {count}"]:
     """The numbers of the rows that `search` finds: int32 (b, count)."""
     return search(table, queries, count).rows

@@ -21,7 +21,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DATABASE, Checked, Count, Size
 from t2i_jax.networks.clip import CLIPNetwork
 from t2i_jax.nn.layers import unit
-from t2i_jax.nn.search import Table, search
+from t2i_jax.nn.search import EmbeddingTable, search
 from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.text.cut import LimitedEncoder
 from t2i_jax.text.index import read_index
@@ -29,7 +29,7 @@ from t2i_jax.text.index import read_index
 
 @typed
 def retrieved(
-    database: Table,
+    database: EmbeddingTable,
     queries: Float[Array, "b k"],
     count: int,
     *,
@@ -49,7 +49,7 @@ def retrieved(
 class Retriever(nnx.Module):
     """The towers of a CLIP, and a database of its embeddings."""
 
-    def __init__(self, clip: CLIPNetwork, database: Table):
+    def __init__(self, clip: CLIPNetwork, database: EmbeddingTable):
         self.clip, self.database = clip, database
 
 
@@ -105,7 +105,7 @@ class Neighbours(Checked, LimitedEncoder):
         index, (count, width) = read_index(self.database), self.feature_shape
         clip = self.clip.load()
         index.check(self.database, width, count + self.skipped, clip)
-        return Retriever(clip, Table(jnp.asarray(index.rows)))
+        return Retriever(clip, EmbeddingTable(jnp.asarray(index.rows)))
 
     def features(self, model: Retriever, ids: Array, mask: Array) -> Array:
         """Of each caption: (b, s) ids -> (b, query + neighbours, k) fp32."""
