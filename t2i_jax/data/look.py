@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 from collections import Counter
@@ -18,7 +17,7 @@ from PIL import Image
 from t2i_jax.core.errors import DataError
 from t2i_jax.data.examples import fault_of, name_of
 from t2i_jax.data.found import find_source
-from t2i_jax.data.images import open_image
+from t2i_jax.data.images import open_image, size_of
 from t2i_jax.data.records import Reader, Record, as_captions
 from t2i_jax.data.sources import Source
 from t2i_jax.data.transforms import to_square
@@ -230,11 +229,11 @@ def see(reader: Reader, i: int, square: bool = False) -> Seen:
             raise DataError(f"the record has no picture; it has {held}")
         image = open_image(record["image"], SIDE)
         small = np.asarray(image.resize((8, 8), Image.Resampling.BOX))
-        captions = as_captions(record.get("captions"))
+        captions, (rows, columns) = as_captions(record.get("captions")), size_of(record["image"])
         label = record.get("label")
         return Seen(
             name_of(reader, i, record),
-            size=_size(record["image"], image),
+            size=(columns, rows),
             captions=tuple(c for c in captions if c),
             uncaptioned="" if any(captions) else captions.fault or captions.missing,
             label=int(label) if isinstance(label, int | np.integer) else None,
@@ -248,12 +247,3 @@ def see(reader: Reader, i: int, square: bool = False) -> Seen:
 
 def _bytes(image: bytes | np.ndarray) -> bytes:
     return image if isinstance(image, bytes) else image.tobytes()
-
-
-def _size(image: bytes | np.ndarray, upright: Image.Image) -> tuple[int, int]:
-    """Width and height of an image in a file or an array; upright: the same, perhaps reduced."""
-    if not isinstance(image, bytes):
-        return image.shape[1], image.shape[0]
-    with Image.open(io.BytesIO(image)) as opened:
-        w, h = opened.size
-    return (h, w) if (upright.width > upright.height) != (w > h) and w != h else (w, h)
