@@ -199,10 +199,12 @@ def test_the_records_nearest_to_other_images(experiment, tmp_path):
         Image.fromarray(examples[record]["image"]).resize((16, 16)).save(drawn / f"{n:05d}.png")
     Image.new("RGB", (8, 8)).save(drawn / "sheet.png")  # no image of `t2i sample`
     find = searcher(index, experiment)
-    cosines, records = neighbours_of_images(index, experiment, "train", embedder_of(experiment), find, drawn, 3)
+    embedder, out = embedder_of(experiment), tmp_path / "index"
+    cosines, records = neighbours_of_images(index, experiment, "train", embedder, find, drawn, out, 3)
     assert records[:, 0].tolist() == [7, 11] and cosines.shape == (2, 3)
-    said = json.loads((drawn / "neighbours.json").read_text())["images"]
-    assert [line["keys"][0] for line in said] == ["k7", "k11"] and (drawn / "neighbours.png").exists()
+    said = json.loads((out / "nearest-drawn.json").read_text())["images"]
+    assert [line["keys"][0] for line in said] == ["k7", "k11"] and (out / "nearest-drawn.png").exists()
+    assert len(list(drawn.iterdir())) == 3
 
 
 def test_the_command(experiment, tmp_path, capsys):

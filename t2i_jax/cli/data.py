@@ -112,8 +112,8 @@ class NeighboursArguments(Checked):
     count: Annotated[int, Range(0, 10_000)] = 0
     """neighbours of each record to write, without itself, and to show in OUT/neighbours.png; 0: none"""
     images: Path | None = None
-    """a folder of images, as of `t2i sample`: their nearest records, `count` or else 5, in its neighbours.png and
-    neighbours.json"""
+    """a folder of images, as of `t2i sample`: their nearest records, `count` or else 5, in OUT/nearest-FOLDER.png and
+    .json"""
     search: Literal["exact", "faiss", "usearch"] = "exact"
     """how neighbours are found: exactly, on all devices, or by a graph of a package that you have, whose share of the
     true neighbours is then said"""
@@ -239,8 +239,8 @@ def neighbours(arguments: list[str]) -> None:
         console.print(f"{out}: {args.count} neighbours of each; see neighbours.png", soft_wrap=True, highlight=False)
     if args.images:
         some = min(args.count or 5, len(index.rows))
-        cosines, _ = made.neighbours_of_images(index, experiment, args.split, embedder, find, args.images, some)
-        text = f"{args.images}: {len(cosines)} images; see neighbours.png there"
+        cosines, _ = made.neighbours_of_images(index, experiment, args.split, embedder, find, args.images, out, some)
+        text = f"{args.images}: {len(cosines)} images; see nearest-{args.images.absolute().name}.png in {out}"
         console.print(text, soft_wrap=True, highlight=False)
 
 

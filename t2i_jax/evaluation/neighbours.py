@@ -244,16 +244,24 @@ def sheet_of_records(index: Index, data: Data, split: str, out: Path, count: int
 
 
 def neighbours_of_images(
-    index: Index, experiment: Experiment, split: str, embedder: Embedder, find: Search, images: Path, count: int
+    index: Index,
+    experiment: Experiment,
+    split: str,
+    embedder: Embedder,
+    find: Search,
+    images: Path,
+    out: Path,
+    count: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The records of an index nearest to the images in a folder: cosines (n, count) and numbers of records (n, count).
 
-    Written there as `neighbours.json`, a line for each image, and `neighbours.png` with the first 64. Errors:
-    `ConfigError` where there are no images, for an index of captions, and for files in the way.
+    Written next to the index, `out`, as `nearest-FOLDER.json`, a line for each image, and `nearest-FOLDER.png` with the
+    first 64. Errors: `ConfigError` where there are no images, for an index of captions, and for files in the way.
     """
     if embedder.of != "images":
         raise ConfigError("--images: the index is one of captions; build it --of images")
-    check_free(images / "neighbours.json", images / "neighbours.png")
+    page, sheet = (out / f"nearest-{images.absolute().name}{ending}" for ending in (".json", ".png"))
+    check_free(page, sheet)
     files = images_in(images)
     data = experiment.data.with_shapes()
     size, examples = data.image_size, data.examples(split)
@@ -264,13 +272,13 @@ def neighbours_of_images(
     for query, path, others, near in list(zip(queries, files, records, cosines, strict=True))[:64]:
         cells.append((query["image"], image_files.read_png_text(path).get("prompt", "") or path.name))
         cells += [_captioned(examples, int(i), c) for i, c in zip(others, near, strict=True)]
-    _save_sheet(cells, images / "neighbours.png", count)
+    _save_sheet(cells, sheet, count)
     keys = [[str(examples[int(i)].get("key", "")) for i in some] for some in records]
     lines = [
         {"image": path.name, "records": r.tolist(), "keys": k, "cosines": c.tolist()}
         for path, r, k, c in zip(files, records, keys, cosines, strict=True)
     ]
-    write_json(images / "neighbours.json", {"index": dict(index.facts), "images": lines})
+    write_json(page, {"index": dict(index.facts), "images": lines})
     return cosines, records
 
 
