@@ -200,6 +200,8 @@ def wrong_paths(draw: Any, world: World) -> list[str]:
     named += positions(leaf) * 2
     named += ["--codec", "--data.source.path"] if leaf in CONFIGURED else []
     named += ["--back"] if leaf == ("convert",) else ["--rerank"] if leaf == ("sample",) else []
+    if not named:  # a command without paths
+        return draw(wrong_names())
     where, path = draw(st.sampled_from(named)), draw(st.sampled_from(world.paths()))
     if isinstance(where, int):
         base = list(BASE[leaf])
