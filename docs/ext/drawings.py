@@ -121,7 +121,7 @@ def prompt() -> Drawing:
     d.arrow((755, 74), (755, 148))
     for x in (660, 430, 200):
         d.arrow((x, 185), (x - 38, 185))
-    d.words(640, 120, "edits, guides and options are traced: none recompiles", 12, LINE)
+    d.words(620, 120, "options are traced: another value compiles nothing", 12, LINE)
     return d
 
 
@@ -151,7 +151,7 @@ def layers() -> Drawing:
     d = Drawing(860, 32 * len(LAYERS) + 20, "Layers of imports: each imports from those below it alone")
     for n, (packages, about) in enumerate(LAYERS):
         kind = ("given", "part", "frozen", "note")[min(n // 4, 3)]
-        d.box(60, 10 + 32 * n, 400, 27, kind, "   ".join(packages))
+        d.box(60, 10 + 32 * n, 400, 27, kind, ", ".join(packages))
         d.words(660, 28 + 32 * n, about, 13, LINE)
     d.arrow((30, 14), (30, 32 * len(LAYERS) + 4))
     return d
