@@ -121,7 +121,7 @@ def prompt() -> Drawing:
     d.arrow((755, 74), (755, 148))
     for x in (660, 430, 200):
         d.arrow((x, 185), (x - 38, 185))
-    d.words(620, 120, "options are traced: another value compiles nothing", 12, LINE)
+    d.words(605, 120, "options are traced: another value compiles nothing", 12, LINE)
     return d
 
 
