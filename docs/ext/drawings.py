@@ -121,12 +121,13 @@ def prompt() -> Drawing:
     d.arrow((755, 74), (755, 148))
     for x in (660, 430, 200):
         d.arrow((x, 185), (x - 38, 185))
-    d.words(640, 120, "edits, guides and options are traced: none recompiles", 12, LINE)
+    d.words(605, 120, "options are traced: another value compiles nothing", 12, LINE)
     return d
 
 
 LAYERS = (
     (("cli",), "the t2i command"),
+    (("fit",), "from a data set to a plan of training"),
     (("comparison", "api"), "models compared; load and train"),
     (("bench",), "speeds and errors against limits"),
     (("evaluation", "previews", "encode", "plan"), "uses of a model"),
@@ -140,7 +141,7 @@ LAYERS = (
     (("interop", "sampling"), "published names; orders, solvers"),
     (("networks", "features"), "DiT, UNet, GANs, conditions"),
     (("nn",), "layers, attention, kernels"),
-    (("noise",), "mathematics of noising"),
+    (("noise", "zoo"), "mathematics of noising; shipped models"),
     (("core",), "contracts, configs, mesh, errors"),
 )
 """From the top; `tests/test_docs.py` compares them with the layers that a test holds."""
@@ -150,8 +151,8 @@ def layers() -> Drawing:
     """The layers of imports."""
     d = Drawing(860, 32 * len(LAYERS) + 20, "Layers of imports: each imports from those below it alone")
     for n, (packages, about) in enumerate(LAYERS):
-        kind = ("given", "part", "frozen", "note")[min(n // 4, 3)]
-        d.box(60, 10 + 32 * n, 400, 27, kind, "   ".join(packages))
+        kind = ("given", "part", "frozen", "note")[min(n // 5, 3)]
+        d.box(60, 10 + 32 * n, 400, 27, kind, ", ".join(packages))
         d.words(660, 28 + 32 * n, about, 13, LINE)
     d.arrow((30, 14), (30, 32 * len(LAYERS) + 4))
     return d

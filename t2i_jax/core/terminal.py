@@ -1,6 +1,6 @@
 """Pictures in a terminal: by the protocol of kitty or of iTerm2, as sixels, or as half blocks in colour.
 
-What a terminal can draw is told by its environment; it is never asked, which could block or leave its answer in the
+What a terminal can draw is known by its environment; it is never asked, which could block or leave its answer in the
 input. T2I_TERMINAL says otherwise: `kitty`, `iterm`, `sixel`, `blocks` (24-bit colours), `blocks256` or `none`, then
 also where the output is no terminal.
 """
