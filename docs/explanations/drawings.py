@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 INK, LINE = "#1f2933", "#7b8794"
-BLUE, GREEN, YELLOW, PINK, VIOLET, GREY = "#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#ede9fe", "#f1f5f9"
+BLUE, GREEN, YELLOW, PINK, GREY = "#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#f1f5f9"
 
 
 def text(x: float, y: float, words: str, size: int = 14, anchor: str = "middle", style: str = "") -> str:
@@ -37,36 +37,6 @@ def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
     head += f'role="img" font-family="system-ui, sans-serif"><title>{title}</title>'
     return head + tip + ground + "\n".join(parts) + "</svg>\n"
-
-
-def idea() -> str:
-    """The parts of every system, and what goes between them."""
-    return drawing(
-        820,
-        250,
-        "text, network, head, order and codec",
-        [
-            text(52, 64, "&#8220;a red heart&#8221;", 13),
-            arrow(100, 60, 128, 60),
-            box(130, 35, 110, 50, BLUE, "text", "T5, CLIP, MiniLM"),
-            arrow(240, 60, 298, 60, "c"),
-            box(300, 35, 120, 110, GREEN, "network", "Transformer, UNet"),
-            arrow(420, 90, 478, 90, "z"),
-            box(480, 65, 110, 50, YELLOW, "head", "p(x | z)"),
-            arrow(590, 90, 638, 90, "x"),
-            box(640, 65, 90, 50, PINK, "codec", "codes to image"),
-            arrow(730, 90, 758, 90),
-            '<rect x="762" y="68" width="44" height="44" rx="4" fill="#fff7f7" stroke="#7b8794"/>',
-            '<path d="M784 104 C768 92 768 78 778 78 C782 78 784 82 784 84 '
-            'C784 82 786 78 790 78 C800 78 800 92 784 104z" fill="#dc3230"/>',
-            f'<path d="M535 115 V 215 H 230 V 124 H 296" fill="none" stroke="{LINE}" stroke-width="1.6" '
-            'marker-end="url(#tip)"/>',
-            text(380, 208, "codes that are known by now", 12),
-            box(640, 175, 90, 50, VIOLET, "order", "which, when"),
-            f'<line x1="640" y1="200" x2="539" y2="200" stroke="{LINE}" stroke-width="1.6" stroke-dasharray="5 4" '
-            'marker-end="url(#tip)"/>',
-        ],
-    )
 
 
 def orders() -> str:
@@ -179,7 +149,7 @@ def tables() -> str:
     return drawing(750, 196, "describe and table", parts)
 
 
-DRAWINGS = {"idea": idea, "orders": orders, "game": game, "resume": checkpoint, "axes": fsdp, "tables": tables}
+DRAWINGS = {"orders": orders, "game": game, "resume": checkpoint, "axes": fsdp, "tables": tables}
 
 if __name__ == "__main__":
     for name, make in DRAWINGS.items():
