@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -411,13 +412,17 @@ class Pipeline:
     def save(self, folder: str | Path, name: str = "") -> None:
         """Write a released model: weights, config, tokenizer, codec and a model card.
 
-        A loaded pipeline's weights are read from its folder again.
+        A loaded pipeline's weights are read from its folder again, unless it is `sized`.
         """
         from t2i_jax.release import card  # it knows of training, which takes long to import
 
         about = lambda artifact: card(artifact, name or Path(folder).name)
-        if self.folder is not None:  # the weights here may be of another dtype
+        if self.folder is not None and "size" not in self.about:  # the weights here may be of another dtype
             copy_artifact(self.folder, folder, about, self.family)
-        else:
-            artifact = Artifact(self.family, self.model, self.text)
+            return
+        with tempfile.TemporaryDirectory() as work:
+            artifact = Artifact(self.family, self.model, self.text, image_size=min(self.image_shape))
+            if self.codec:
+                artifact = dataclasses.replace(artifact, codec=str(Path(work, "codec")))
+                save_artifact(self.codec, artifact.codec, f"# {type(self.codec.config).__name__}\n")
             save_artifact(artifact, folder, about(artifact))

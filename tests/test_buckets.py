@@ -429,3 +429,17 @@ def test_an_upsampler_keeps_the_ratio_of_what_it_is_given():
     (stage,) = wide._cascade([second])
     assert stage.image_shape[1] == 2 * stage.image_shape[0] and stage.image_shape[0] >= rows
     assert base._cascade([second])[0] is second
+
+
+def test_a_pipeline_is_saved_with_its_codec_and_at_its_size(tmp_path):
+    codec = CODECS["kl"]
+    factor, k = codec.spec.factor, codec.spec.code.shape[0]
+    network = DiT((8 // factor,) * 2, k, 1, Transformer(16, 1, 2, norm="layer", bias=True), learn_variance=False)
+    family = Diffusion(network, Flow(), "velocity")
+    made = Pipeline.place(family, fresh(family), Artifact(codec, fresh(codec)))
+    made.save(tmp_path / "model")
+    read = Pipeline.load(tmp_path / "model")
+    np.testing.assert_array_equal(made(3, steps=2), read(3, steps=2))
+    wide = read.sized(16, 8)
+    wide.save(tmp_path / "wide")
+    np.testing.assert_array_equal(wide(3, steps=2), Pipeline.load(tmp_path / "wide")(3, steps=2))
