@@ -20,7 +20,8 @@ HEAVY = {
 TRAINING = {"array_record", "grain", "orbax", "tensorstore"}
 MEASURING = TRAINING | {"ftfy", "scipy", "tokenizers"}
 BRINGS = {
-    "data": TRAINING | {"sentencepiece"},
+    "fit": MEASURING | {"sentencepiece"},
+    "data": TRAINING | {"ftfy", "sentencepiece", "tokenizers"},
     "train": TRAINING,
     "encode": TRAINING | {"ftfy", "tokenizers"},
     "sample": set(),
