@@ -20,10 +20,11 @@ HEAVY = {
 TRAINING = {"array_record", "grain", "orbax", "tensorstore"}
 MEASURING = TRAINING | {"ftfy", "scipy", "tokenizers"}
 BRINGS = {
-    "data": TRAINING | {"sentencepiece"},
-    "train": TRAINING,
+    "fit": MEASURING | {"sentencepiece"},
+    "data": TRAINING | {"ftfy", "sentencepiece", "tokenizers"},
+    "train": TRAINING | {"tokenizers"},
     "encode": TRAINING | {"ftfy", "tokenizers"},
-    "sample": set(),
+    "sample": {"ftfy", "tokenizers"},
     "zoo": set(),
     "evaluate": MEASURING,
     "compare": MEASURING,
@@ -110,6 +111,6 @@ def test_sampling_brings_no_more_than_it_needs(tmp_path):
         )
         said.append(done.stdout)
     packages, _, traced = said[1].partition("#")
-    assert set(packages.split()) & HEAVY <= {"scipy"}  # JAX reads the routines of LAPACK from it
+    assert set(packages.split()) & HEAVY <= {"scipy", *BRINGS["sample"]}  # JAX reads the routines of LAPACK from it
     kept = any((tmp_path / "cache" / "t2i_jax" / "programs").iterdir())
     assert kept and len(traced.split()) < len(said[0].partition("#")[2].split())
