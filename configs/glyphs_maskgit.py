@@ -1,4 +1,4 @@
-"""Captions to 32x32 glyphs by MaskGIT's Transformer over the codes of `quickstart_codec.py`: four minutes on two cores.
+"""Captions to 32x32 glyphs by MaskGIT's Transformer over the codes of `quickstart_codec.py`: ten minutes on two cores.
 
 One stack that reads mask tokens, LayerNorm after the residual sum, a tied table, the cosine schedule with confidence
 (Chang et al. 2022). The class token is the caption's vector here, and there is an unconditional branch, for guidance.
@@ -29,7 +29,7 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_codes"), image_size=32, batch_size=32),
     train=Train(
-        steps=1500,
+        steps=3700,
         optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50, final=0.05, weight_decay=0.01),
         ema=0.99,
         evaluate_every=500,
