@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from t2i_jax.core.casts import cast_dtypes
-from t2i_jax.core.conditions import Tokenizer
+from t2i_jax.core.conditions import TextEncoder, Tokenizer
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.errors import did_you_mean
 from t2i_jax.core.fields import FREE, SAMPLED, changed_fields, free_fields
@@ -52,7 +52,6 @@ from t2i_jax.sampling.guidance import guided_by
 from t2i_jax.storage.adapters import read_adapter
 from t2i_jax.storage.artifacts import Artifact, copy_artifact, load_artifact, load_codec, on_host, save_artifact
 from t2i_jax.text.cut import check_vocabulary
-from t2i_jax.text.retrieval import of_any_database, with_database
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,7 +136,7 @@ class Pipeline:
         text = artifact.text
         if database:
             with refused(str(folder)):
-                text = with_database(text, str(database))
+                text = _with_database(text, str(database))
             about |= {"database": str(database)}
         pipeline = cls.place(family, artifact.model, codec, text, mesh)
         return dataclasses.replace(pipeline, folder=folder, step=artifact.step, about=about)
@@ -279,7 +278,7 @@ class Pipeline:
             own = stage.sampler(negative=negative if stage.reads_negative else "")
             later = dataclasses.replace(own, upsampler=later, stage=n)
         classifiers = (as_classifier(g.classifier.config) for g in guides if isinstance(g, ClassifierGuidance))
-        encoder = of_any_database(self.text) if gives_features(self.text) else None
+        encoder = _of_any_database(self.text) if gives_features(self.text) else None
         program = Program(self.family, self.codec and self.codec.config, encoder, next(classifiers, None))
         return Sampler(program, parts, self.text, self.mesh, options, tuple(guides), later, negative, about)
 
@@ -402,7 +401,7 @@ class Pipeline:
         about as many rows. Errors: `ConfigError` for a model that retrieves nothing, and for a database by another
         encoder; FileNotFoundError."""
         with refused():
-            text = with_database(self.text, str(database))
+            text = _with_database(self.text, str(database))
             with on_host():
                 encoder = text.load()
         encoder = put_on_mesh(encoder, shardings(encoder, self.mesh))
@@ -426,3 +425,19 @@ class Pipeline:
                 artifact = dataclasses.replace(artifact, codec=str(Path(work, "codec")))
                 save_artifact(self.codec, artifact.codec, f"# {type(self.codec.config).__name__}\n")
             save_artifact(artifact, folder, about(artifact))
+
+
+def _with_database(text: Tokenizer | None, database: str) -> TextEncoder:
+    """`text.retrieval.with_database`, whose module takes long to import."""
+    from t2i_jax.text.retrieval import with_database
+
+    return with_database(text, database)
+
+
+def _of_any_database(text: Tokenizer | None) -> Tokenizer | None:
+    """`text.retrieval.of_any_database`, whose module only a text that retrieves imports."""
+    if text is None or not text.spec.retrieves:
+        return text
+    from t2i_jax.text.retrieval import of_any_database
+
+    return of_any_database(text)

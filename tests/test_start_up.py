@@ -24,7 +24,7 @@ BRINGS = {
     "data": TRAINING | {"ftfy", "sentencepiece", "tokenizers"},
     "train": TRAINING | {"tokenizers"},
     "encode": TRAINING | {"ftfy", "tokenizers"},
-    "sample": {"ftfy", "tokenizers"},
+    "sample": set(),
     "zoo": set(),
     "evaluate": MEASURING,
     "compare": MEASURING,

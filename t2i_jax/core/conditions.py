@@ -47,6 +47,8 @@ class TextSpec:
     image_embedding: bool = False
     """`ImageTextEncoder`: in training, the embedding of an image is `image_features` of the batch, besides the features
     of its caption"""
+    retrieves: bool = False
+    """`text.retrieval.Neighbours`: reads a database of embeddings, in whose place there may be another"""
     limited: bool = False
     """`text.cut.Limited`: counts the tokens of a caption that are cut off"""
 

@@ -79,7 +79,7 @@ class Neighbours(Checked, LimitedEncoder):
 
     @property
     def spec(self) -> TextSpec:
-        return self.clip.spec
+        return dataclasses.replace(self.clip.spec, retrieves=True)
 
     @property
     def room(self) -> int:
