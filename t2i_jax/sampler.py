@@ -111,7 +111,20 @@ def _draw(
     return _decode(program.codec, parts["codec"], codes)
 
 
-_sample = jax.jit(_draw, static_argnames=("program", "guided"))
+@functools.partial(jax.jit, static_argnames=("program", "guided"))
+def _sample(
+    program: Program,
+    guided: bool | None,
+    parts: Mapping[str, object],
+    condition: dict[str, Array],
+    keys: Array,
+    options: SamplingOptions,
+    progress: Progress | None,
+    toward: Toward | None = None,
+    negative: dict[str, Array] | None = None,
+) -> Array:
+    """`_draw`, compiled, and traced by this name."""
+    return _draw(program, guided, parts, condition, keys, options, progress, toward, negative)
 
 
 @functools.lru_cache(64)

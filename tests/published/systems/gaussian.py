@@ -11,7 +11,7 @@ from einops import rearrange
 from t2i_jax.convert import convert, find, restore, unwrapped
 from t2i_jax.core.family import with_fields
 from t2i_jax.models.diffusion import join_inputs
-from t2i_jax.networks.dit import sincos_2d
+from t2i_jax.nn.positions import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
 from t2i_jax.nn.search import Table, nearest
 from t2i_jax.nn.transformer import unstack
