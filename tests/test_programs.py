@@ -28,9 +28,12 @@ ONE = MeshConfig(1, 1, 1)
 def kept(user_cache, monkeypatch):
     """The folder of kept programs, which are none; in it this process is as if it had just begun."""
     monkeypatch.setenv(programs.SWITCH, "on")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", before or str(user_cache / "t2i_jax" / "xla"))  # it may be off
     begin()
     yield user_cache / "t2i_jax" / "programs"
     sampler._kept.cache_clear()
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def begin():
