@@ -11,9 +11,9 @@ from einops import rearrange
 from t2i_jax.convert import convert, find, restore, unwrapped
 from t2i_jax.core.family import with_fields
 from t2i_jax.models.diffusion import join_inputs
-from t2i_jax.nn.positions import sincos_2d
 from t2i_jax.nn.modulation import sinusoid
-from t2i_jax.nn.search import Table, nearest
+from t2i_jax.nn.positions import sincos_2d
+from t2i_jax.nn.search import EmbeddingTable, nearest
 from t2i_jax.nn.transformer import unstack
 from t2i_jax.noise import gaussian
 from t2i_jax.noise.processes import Discrete, along
@@ -380,7 +380,7 @@ def rdm(oracle: Oracle) -> dict[str, Any]:
     config, model = convert("rdm", tensors, **hints)
     ends = meta["linear_start"], meta["linear_end"]
     config = dataclasses.replace(config, process=dataclasses.replace(config.process, ends=ends))
-    database, query = Table(jnp.asarray(inputs["database"])), jnp.asarray(inputs["query"])
+    database, query = EmbeddingTable(jnp.asarray(inputs["database"])), jnp.asarray(inputs["query"])
     ours = {"nn_ids": nearest(database, query, outputs["nn_ids"].shape[1])}
     ours["context"] = retrieved(database, query, context.shape[1] - 1, normalise=normalised)
     x, eps, z = (ours_layout(inputs[k]) for k in ("x", "eps", "z"))
