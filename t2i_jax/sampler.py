@@ -96,7 +96,8 @@ class Program:
         return codes
 
 
-def _draw(
+@functools.partial(jax.jit, static_argnames=("program", "guided"))
+def _sample(
     program: Program,
     guided: bool | None,
     parts: Mapping[str, object],
@@ -111,22 +112,6 @@ def _draw(
     return _decode(program.codec, parts["codec"], codes)
 
 
-@functools.partial(jax.jit, static_argnames=("program", "guided"))
-def _sample(
-    program: Program,
-    guided: bool | None,
-    parts: Mapping[str, object],
-    condition: dict[str, Array],
-    keys: Array,
-    options: SamplingOptions,
-    progress: Progress | None,
-    toward: Toward | None = None,
-    negative: dict[str, Array] | None = None,
-) -> Array:
-    """`_draw`, compiled, and traced by this name."""
-    return _draw(program, guided, parts, condition, keys, options, progress, toward, negative)
-
-
 @functools.lru_cache(64)
 def _kept(
     program: Program, guided: bool | None, tree: Hashable, shapes: tuple[jax.ShapeDtypeStruct, ...]
@@ -138,7 +123,7 @@ def _kept(
     """
 
     def draw(parts, condition, data, options, negative):
-        return _draw(program, guided, parts, condition, jax.random.wrap_key_data(data), options, None, None, negative)
+        return _sample(program, guided, parts, condition, jax.random.wrap_key_data(data), options, None, None, negative)
 
     try:
         return programs.compiled(draw, _about(program, guided), jax.tree.unflatten(tree, shapes))
