@@ -200,7 +200,7 @@ class Data(Checked):
         tally = self._tally("records are broken", reader, captions)
         image = "image" in self.fields
         small = self.smallest_side
-        buckets = self.buckets(split) if image else np.zeros(len(reader), int)
+        buckets = self.buckets(split) if image and self.shapes else np.zeros(len(reader), int)
         shapes = self.all_shapes
         return Examples(reader, shapes, buckets, image, tally, captions, self.empty_captions, text, small, files)
 
