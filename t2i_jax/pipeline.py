@@ -298,13 +298,12 @@ class Pipeline:
                     factor = stage.codec.config.spec.factor
                     stage = stage.sized(given[1] * factor, given[0] * factor)
                 elif "low_res" in family.condition_spec():
+                    if rows * columns < math.prod(given):
+                        before = f"{given[0]}x{given[1]} before it"
+                        raise ConfigError(f"its images are {rows}x{columns}, smaller than {before}")
                     if rows * given[1] != columns * given[0]:
                         factor = max(1, round(math.sqrt(rows * columns / math.prod(given))))
                         stage = stage.sized(given[1] * factor, given[0] * factor)
-                        rows, columns = stage.image_shape
-                    if given[0] > rows or given[1] > columns:
-                        before = f"{given[0]}x{given[1]} before it"
-                        raise ConfigError(f"its images are {rows}x{columns}, smaller than {before}")
             made.append(stage)
             given = stage.image_shape
         return made

@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.fields import ENCODER
 from t2i_jax.core.platform import CACHE, local_cache, shared_cache
-from t2i_jax.storage import artifacts
+from t2i_jax.storage import artifacts, checkpoints
 from t2i_jax.storage.checkpoints import Checkpoints
 from t2i_jax.storage.remote import download, resolve_path, staged_dir
 from t2i_jax.training import loop, records
@@ -175,7 +175,7 @@ def test_a_run_in_a_store_goes_on_and_is_read(store, tmp_path, monkeypatch):
     """Checkpoints are the business of their library, which has no store in memory: here they are in a local folder."""
     local = lambda folder, *a, **k: Checkpoints(tmp_path / "local", *a, **k)
     monkeypatch.setattr(loop, "Checkpoints", local)
-    monkeypatch.setattr(artifacts, "Checkpoints", local)
+    monkeypatch.setattr(checkpoints, "Checkpoints", local)  # imported where it is used
     experiment = toys.experiment(optimizer=Optimizer(schedule="constant"))
     short = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=3))
     loop.train(short, "s3://bucket/run")
