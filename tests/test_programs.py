@@ -28,6 +28,8 @@ ONE = MeshConfig(1, 1, 1)
 def kept(user_cache, monkeypatch):
     """The folder of kept programs, which are none; in it this process is as if it had just begun."""
     monkeypatch.setenv(programs.SWITCH, "on")
+    for name in solvers.SOLVERS.keys() - solvers._OF_PACKAGE.keys():  # those of `examples/`, which other tests import
+        monkeypatch.delitem(solvers.SOLVERS, name)
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", before or str(user_cache / "t2i_jax" / "xla"))  # it may be off
     begin()
