@@ -5,6 +5,7 @@ Boxes have a fill and dark words of their own, and arrows are grey, so that they
 
 from __future__ import annotations
 
+import math
 from html import escape
 from pathlib import Path
 
@@ -35,6 +36,11 @@ class Drawing:
         for n, line in enumerate(lines):
             bold = ' font-weight="bold"' if n == 0 else ""
             self.words(x + width // 2, top + 18 * n, line, 14 if n == 0 else 12, extra=bold)
+
+    def cell(self, x: float, y: float, width: float, height: float, fill: str) -> None:
+        """A small rectangle without words: a token, a weight, an image of a batch."""
+        place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
+        self.parts.append(f'<rect {place} rx="2" fill="{fill}" stroke="{LINE}" stroke-width="0.6"/>')
 
     def words(self, x: float, y: float, text: str, size: int = 12, colour: str = "#1c1c1c", extra: str = "") -> None:
         place = f'x="{x:g}" y="{y:g}" font-size="{size}" fill="{colour}" text-anchor="middle"{extra}'
@@ -158,7 +164,119 @@ def layers() -> Drawing:
     return d
 
 
-DRAWINGS = {"idea": idea, "batch": batch, "prompt": prompt, "layers": layers}
+def orders() -> Drawing:
+    """Which codes of a grid of 8 x 8 are drawn in which step, by order."""
+    d = Drawing(730, 200, "Orders of 64 codes: darker ones are drawn earlier")
+    left = [round(64 * math.cos(math.pi / 2 * n / 8)) for n in range(9)]
+    scrambled = sorted(range(64), key=lambda n: math.sin(12.9898 * (n + 1)) * 43758.5453 % 1)
+    step_of_rank = [next(s for s in range(8) if 64 - left[s + 1] > rank) for rank in range(64)]
+    centre = sorted(range(64), key=lambda n: (n // 8 - 3.5) ** 2 + (n % 8 - 3.5) ** 2 + 5 * math.sin(7.3 * n))
+    kinds = {
+        "Raster": ("64 steps, row by row", {n: n / 63 for n in range(64)}),
+        "Permutation": ("64 steps, at random", {n: rank / 63 for rank, n in enumerate(scrambled)}),
+        "Sets": ("8 steps, growing sets", {n: step_of_rank[rank] / 7 for rank, n in enumerate(scrambled)}),
+        "Confidence": ("8 steps, the surest first", {n: step_of_rank[rank] / 7 for rank, n in enumerate(centre)}),
+    }
+    for i, (name, (about, when)) in enumerate(kinds.items()):
+        x = 30 + i * 175
+        for n, share in when.items():
+            shade = round(60 + 180 * share)
+            d.cell(x + n % 8 * 15, 40 + n // 8 * 15, 13, 13, f"rgb({shade},{shade},240)")
+        d.words(x + 59, 26, name, 14, LINE, ' font-weight="bold"')
+        d.words(x + 59, 180, about, 12, LINE)
+    return d
+
+
+def game() -> Drawing:
+    """The pairs that a discriminator of images and sentences sees."""
+    d = Drawing(780, 235, "Real, generated and mismatched pairs")
+    rows = [
+        ("real image", "its sentence", "real", "made"),
+        ("generated image", "its sentence", "fake", "note"),
+        ("real image", "another sentence", "fake", "note"),
+    ]
+    d.box(20, 88, 110, 50, "part", "G", "noise, sentence")
+    d.arrow((130, 113), (178, 113))
+    for n, (image, sentence, said, kind) in enumerate(rows):
+        y = 22 + n * 72
+        d.box(180, y, 130, 46, "given", image)
+        d.box(320, y, 150, 46, "given", sentence)
+        d.arrow((470, y + 23), (528, 117 + (n - 1) * 12))
+        d.box(680, y, 80, 46, kind, said)
+        d.arrow((620, 117 + (n - 1) * 12), (678, y + 23))
+    d.box(530, 87, 90, 60, "part", "D")
+    return d
+
+
+def resume() -> Drawing:
+    """A run that is stopped and goes on on another mesh."""
+    d = Drawing(750, 222, "A run that goes on on other machines")
+    for n in range(12):
+        d.box(20 + n * 60, 60, 50, 36, "made" if n < 7 else "part", str(n))
+    d.words(130, 42, "step n reads batch n, with key n", 13, LINE)
+    d.arrow((435, 140), (435, 52), dashed=True)
+    d.words(435, 158, "killed; the same command again", 13, LINE)
+    d.words(225, 130, "64 chips", 13, LINE)
+    d.words(600, 130, "128 chips: the same batches, the same keys", 13, LINE)
+    d.box(330, 172, 210, 36, "frozen", "a checkpoint")
+    return d
+
+
+def axes() -> Drawing:
+    """What each axis of a mesh divides, on four chips."""
+    d = Drawing(750, 226, "What the axes of a mesh divide")
+    kinds = {
+        "data": "whole weights, part of the batch",
+        "fsdp": "part of weights and batch",
+        "tensor": "part of each layer",
+    }
+    weight, image, none = FILLS["part"], FILLS["given"], "none"
+    for i, (name, about) in enumerate(kinds.items()):
+        left = 20 + i * 245
+        d.words(left + 110, 26, name, 15, LINE, ' font-weight="bold"')
+        d.words(left + 110, 190, about, 12, LINE)
+        for chip in range(4):
+            x = left + chip * 56
+            d.cell(x, 40, 50, 130, none)
+            for n in range(4):
+                mine = weight if name == "data" or n == chip else none
+                if name == "tensor":
+                    d.cell(x + 7 + n * 9, 48, 8, 58, mine)
+                else:
+                    d.cell(x + 7, 48 + n * 15, 36, 13, mine)
+                d.cell(x + 7, 116 + n * 12, 36, 10, image if n == chip or name == "tensor" else none)
+    d.words(375, 214, "blue: weights; yellow: images of the batch; four chips each", 12, LINE)
+    return d
+
+
+def tables() -> Drawing:
+    """A line of a table leads from a published tensor to ours and back."""
+    d = Drawing(750, 196, "A published file and a released model: describe and table")
+    d.box(10, 40, 240, 110, "given", "model.safetensors", "layers.0.ffn.w1.weight (f, d)")
+    d.box(310, 30, 150, 50, "part", "describe", "shapes to config")
+    d.box(310, 110, 150, 50, "part", "table", "names, f d to d f")
+    d.box(520, 40, 220, 110, "made", "released model", "blocks.mlp.gate.w (layer, d, f)")
+    d.arrow((250, 60), (308, 55))
+    d.arrow((460, 55), (518, 60))
+    d.arrow((250, 120), (308, 128))
+    d.arrow((460, 128), (518, 120))
+    d.arrow((518, 142), (462, 150), dashed=True)
+    d.arrow((308, 150), (252, 142), dashed=True)
+    d.words(375, 186, "dashed: back to a published file, by the same table", 12, LINE)
+    return d
+
+
+DRAWINGS = {
+    "idea": idea,
+    "batch": batch,
+    "prompt": prompt,
+    "layers": layers,
+    "orders": orders,
+    "game": game,
+    "resume": resume,
+    "axes": axes,
+    "tables": tables,
+}
 
 
 def main() -> None:
