@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,15 @@ def test_a_released_model_is_pushed_and_read_back(released, tmp_path):
     # The copy of an earlier call serves without a network.
     done = run(read.replace("'hf://someone/small@v1', ", ""), url, tmp_path / "other", HF_HUB_OFFLINE="1")
     assert done.returncode == 0 and done.stdout.split()[0] == whole, done.stderr
+
+
+def test_of_two_copies_of_weights_one_is_downloaded(tmp_path):
+    names = ("model_index.json", "all.ckpt", "unet/a.safetensors", "unet/a.bin", "unet/a.fp16.safetensors", "vae/b.bin")
+    with hub(**{"someone/both": {name: name.encode() for name in names}}) as (url, _):
+        code = "from t2i_jax.storage.hub import readable; print(readable('hf://someone/both'))"
+        done = run(code, url, tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert files(Path(done.stdout.strip())).keys() == {"model_index.json", "unet/a.safetensors", "vae/b.bin"}
 
 
 SAID = {

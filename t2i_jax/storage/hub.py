@@ -8,10 +8,11 @@ Downloads resume and stay in the hub's own cache; its token and its other settin
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 
 from t2i_jax import zoo
 from t2i_jax.core.errors import ConfigError
@@ -20,6 +21,7 @@ from t2i_jax.storage.remote import resolve_path
 HUB = re.compile(r"^hf:/+(?P<repo>[^/@]+/[^/@]+)(/(?P<part>[^@]+?))?/?(@(?P<revision>[^@]+))?$")
 LEFT_OUT = ("*.h5", "*.ot", "*.onnx", "*.tflite", "*.msgpack", "onnx/*", "openvino/*", "*.md5", ".*")
 """Files of a repository that are copies of its weights for other programs."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def readable(path: str | Path) -> Path:
@@ -54,7 +56,38 @@ def from_hub(path: str) -> Path:
                 if not folder.is_dir():
                     raise
                 return folder
-        return Path(snapshot_download(repo, revision=revision, ignore_patterns=list(LEFT_OUT)))
+        left_out = [*LEFT_OUT, *map(glob.escape, copies(_files(repo, revision)))]
+        return Path(snapshot_download(repo, revision=revision, ignore_patterns=left_out))
+
+
+def _files(repo: str, revision: str | None) -> list[str]:
+    """The files of a repository; none where the hub does not answer and a copy of an earlier call may be here."""
+    from huggingface_hub import HfApi
+
+    with contextlib.suppress(OSError, *_http_errors()):
+        return HfApi().list_repo_files(repo, revision=revision)
+    return []
+
+
+def copies(files: Iterable[str]) -> list[str]:
+    """Those of a repository's files that hold weights which others of them hold too.
+
+    Pickled files next to safetensors, halves (`.fp16.`) and weights without average (`.non_ema.`) of files that are
+    there whole, and single files of a pipeline whose parts are in folders.
+
+    >>> copies(["unet/a.safetensors", "unet/a.bin", "unet/a.fp16.safetensors", "vae/a.bin"])
+    ['unet/a.bin', 'unet/a.fp16.safetensors']
+    """
+    names, found = set(files), []
+    safe = {str(PurePosixPath(name).parent) for name in names if name.endswith(".safetensors")}
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        pickled = path.suffix in PICKLES and str(path.parent) in safe
+        variant = re.sub(r"\.(fp16|non_ema)(?=[.-])", "", name)
+        single = "model_index.json" in names and "/" not in name and path.suffix in (*PICKLES, ".safetensors")
+        if pickled or single or (variant != name and variant in names):
+            found.append(name)
+    return found
 
 
 def push(folder: str | Path, repo: str, private: bool = False) -> str:
@@ -88,9 +121,6 @@ def hub_errors(path: str) -> Iterator[None]:
         raise ConfigError(f"{path}: needs the package huggingface_hub: pip install 't2i_jax[hub]'")
     from huggingface_hub import errors
 
-    # The base of all errors of the HTTP library that this version uses, and OSError.
-    http = tuple(base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception))
-
     kinds = (
         (errors.GatedRepoError, "its licence has to be accepted on the hub, and a token given: hf auth login"),
         (errors.RevisionNotFoundError, "the repository has no such revision"),
@@ -105,5 +135,12 @@ def hub_errors(path: str) -> Iterator[None]:
         yield
     except tuple(kind for kind, _ in kinds) as error:
         raise ConfigError(f"{path}: {next(said for kind, said in kinds if isinstance(error, kind))}") from error
-    except http as error:
+    except _http_errors() as error:
         raise ConfigError(f"{path}: the hub did not answer as it should: {str(error).splitlines()[0]}") from error
+
+
+def _http_errors() -> tuple[type[Exception], ...]:
+    """The base of all errors of the HTTP library that this version of the hub's library uses, and OSError."""
+    from huggingface_hub import errors
+
+    return tuple(base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception))
