@@ -425,9 +425,9 @@ def test_an_upsampler_keeps_the_ratio_of_what_it_is_given():
     place = lambda name: Pipeline.place(FAMILIES[name], fresh(FAMILIES[name]))
     base, second = place("dit"), place("upsampler")
     rows, columns = base.image_shape
-    wide = base.sized(2 * columns, rows)
+    wide = base.sized(2 * columns, rows // 2)
     (stage,) = wide._cascade([second])
-    assert stage.image_shape[1] == 2 * stage.image_shape[0] and stage.image_shape[0] >= rows
+    assert stage.image_shape[1] == 4 * stage.image_shape[0] and stage.image_shape[0] >= rows // 2
     assert base._cascade([second])[0] is second
 
 
