@@ -17,11 +17,11 @@ from t2i_jax.cli import main
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.params import named
 from t2i_jax.interop import tensorfile
-from t2i_jax.storage.artifacts import config_of, is_stored, load_artifact
+from t2i_jax.storage.artifacts import Artifact, config_of, is_stored, load_artifact, open_artifact, save_artifact
 from t2i_jax.storage.hub import readable
 from tests.fixtures import zoo as fixture
 from tests.fixtures.commands import refused
-from tests.fixtures.families import FAMILIES
+from tests.fixtures.families import FAMILIES, fresh
 
 own_zoo = fixture.own_zoo
 HOME = Path(__file__).parent.parent
@@ -48,6 +48,18 @@ def test_a_part_of_a_model_has_a_name(own_zoo):
     shutil.copytree(own_zoo / "tiny-8", own_zoo / "tiny-8" / "codec")
     assert readable("tiny-8/codec") == own_zoo / "tiny-8" / "codec"
     assert zoo.find("tiny-8/../tiny-8") is None and zoo.find("tiny-8/nothing") is None
+
+
+def test_models_of_the_zoo_share_a_codec_and_others_have_their_own(own_zoo, tmp_path):
+    codec = FAMILIES["gan-spatial"]  # any released folder will do
+    save_artifact(Artifact(codec, fresh(codec)), own_zoo / "tiny-8" / "codec", "# a codec\n")
+    model = Artifact(codec, fresh(codec), codec="tiny-8/codec")
+    save_artifact(model, own_zoo / "other-8", "# a card\n")
+    assert not (own_zoo / "other-8" / "codec").exists()
+    assert Path(open_artifact(own_zoo / "other-8").artifact.codec).resolve() == own_zoo / "tiny-8" / "codec"
+    for source, out in ((model, "direct"), (load_artifact(own_zoo / "other-8"), "again")):
+        save_artifact(source, tmp_path / out, "# a card\n")
+        assert (tmp_path / out / "codec" / "model.safetensors").is_file()
 
 
 def test_what_is_in_the_working_directory_is_taken_first(own_zoo):

@@ -328,11 +328,12 @@ def _save(
         step = tensorfile.write(made / "model.safetensors", shapes, fill, "t2i_jax")
         artifact = dataclasses.replace(artifact, step=step)
         text = bundle_files(artifact.text, made, whole=True, half=half, int8=int8)
-        config = {"model": artifact.config, "text": text, "codec": "codec" if artifact.codec else ""}
+        shared = zoo.shared(artifact.codec, folder)
+        config = {"model": artifact.config, "text": text, "codec": shared or ("codec" if artifact.codec else "")}
         config |= {"step": artifact.step, "image_size": artifact.image_size}
         write_stored(made / "config.json", config)
         (made / "README.md").write_text(card(artifact))
-        if artifact.codec:
+        if artifact.codec and not shared:
             about = lambda codec: f"# {type(codec.config).__name__}\n\nThe codec of the model above.\n"
             copy_artifact(artifact.codec, made / "codec", about, half=half, int8=int8)
 

@@ -7,6 +7,7 @@ Each is a folder of `models/`, whose name is its own: a released model, `card.js
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -89,6 +90,13 @@ def find(name: str | Path) -> Path | None:
         return None
     folder = FOLDER / word / part
     return folder if folder.is_dir() and ".." not in Path(part).parts else None
+
+
+def shared(part: str, folder: str | Path) -> str:
+    """The path from a model of the zoo to a part of another one, which models of the zoo share; "" for all others."""
+    own, other = Path(folder).resolve(), (find(part) or Path(part)).resolve()
+    inside = own.parent == FOLDER.resolve() and FOLDER.resolve() in other.parents
+    return os.path.relpath(other, own) if part and inside and own not in other.parents else ""
 
 
 def hint(name: str | Path) -> str:
