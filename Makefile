@@ -37,17 +37,17 @@ $(VENV)/.done: pyproject.toml weights.txt
 
 quickstart: $(VENV)/.quickstart ## data, a codec, a text-to-image model, samples and metrics: at most 20 minutes on 2 cores
 	$(T2I) data build glyphs --out data/glyphs --size 32
-	$(T2I) train configs/quickstart_codec.py --run $(RUN)/codec
-	$(T2I) encode configs/quickstart.py --data.source.path=data/glyphs --out data/glyphs_codes
-	$(T2I) train configs/quickstart.py --run $(RUN)/model
-	$(T2I) evaluate $(RUN)/model --data configs/quickstart_codec.py --out $(RUN)
+	$(T2I) train configs/glyphs_vqgan.py --run $(RUN)/codec
+	$(T2I) encode configs/glyphs_ar.py --data.source.path=data/glyphs --out data/glyphs_codes
+	$(T2I) train configs/glyphs_ar.py --run $(RUN)/model
+	$(T2I) evaluate $(RUN)/model --data configs/glyphs_vqgan.py --out $(RUN)
 	@echo "look at $(RUN)/samples.png; the numbers are in $(RUN)/report.json"
 
 compare: quickstart ## what papers claim of their models, tried at equal compute: under two hours on 2 cores
 	$(T2I) train configs/glyphs_kl.py --run runs/glyphs/kl
 	$(T2I) release runs/glyphs/kl --out runs/glyphs/kl_scaled --scale
 	$(T2I) encode configs/glyphs_mar.py --data.source.path=data/glyphs --out data/glyphs_latents
-	$(T2I) data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model
+	$(T2I) data vocab configs/glyphs_vqgan.py --out data/glyphs/vocabulary.model
 	$(T2I) compare configs/compare_discrete.py --out docs/results/discrete
 	$(T2I) compare configs/compare_orders.py --out docs/results/orders
 	$(T2I) compare configs/compare_gaussian.py --out docs/results/gaussian

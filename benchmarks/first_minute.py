@@ -87,8 +87,8 @@ def subject(folder: Path) -> tuple[Path, str]:
     """The model that is sampled, and what it is."""
     if found := list(zoo.models().values()):
         return found[0].folder, f"`{found[0].name}` of the zoo"
-    codec = config.load(HOME / "configs" / "quickstart_codec.py")
-    base = config.load(HOME / "configs" / "quickstart.py")
+    codec = config.load(HOME / "configs" / "glyphs_vqgan.py")
+    base = config.load(HOME / "configs" / "glyphs_ar.py")
     assert isinstance(codec, Experiment) and isinstance(base, Experiment) and isinstance(base.model, AR)
     shape = dataclasses.replace(base.model.transformer, width=256, depth=8)
     model = dataclasses.replace(base.model, grid=(16, 16), transformer=shape)

@@ -1,6 +1,6 @@
 """Images without captions: learned from CLIP's embedding of each image, drawn for the embedding of a caption.
 
-CLIP-GEN (Wang et al. 2022) on 32x32 glyphs, over the codes of `quickstart_codec.py`. A CLIP is yours to bring, as
+CLIP-GEN (Wang et al. 2022) on 32x32 glyphs, over the codes of `glyphs_vqgan.py`. A CLIP is yours to bring, as
 Hugging Face or open_clip lay it out or a file of OpenAI's: `text.folder` names it. Captions are never read in training.
 `t2i encode configs/clip_gen.py --out data/glyphs_clip` computes codes and embeddings once; train on those with
 `--data.source.path=data/glyphs_clip --data.fields codes features`.
@@ -33,6 +33,6 @@ experiment = Experiment(
         preview_every=325,
         save_every=325,
     ),
-    codec="runs/quickstart/codec",
+    codec="runs/glyphs/vqgan",
     text=ClipEmbedding("models/clip-vit-base-patch32"),
 )

@@ -1,6 +1,6 @@
 """VQ-Diffusion and next-token prediction, and its own claims, on 32x32 glyphs: `t2i compare` runs it.
 
-Codes and caption features are those of the quickstart (`t2i encode configs/quickstart.py`). Every sixth image is
+Codes and caption features are those of the quickstart (`t2i encode configs/glyphs_ar.py`). Every sixth image is
 used, so that minutes of training are many passes over them.
 """
 
@@ -30,7 +30,7 @@ def on_codes(model: Any) -> Experiment:
         model,
         Data(ArrayRecord("data/glyphs_codes", every=6), image_size=32, batch_size=16),
         Train(optimizer=OPTIMIZER, ema=0.98),
-        codec="runs/quickstart/codec",
+        codec="runs/glyphs/vqgan",
         text=TEXT,
     )
 

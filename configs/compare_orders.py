@@ -28,7 +28,7 @@ OPTIMIZER = Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=20, final=0.
 SHAPE: dict[str, Any] = dict(grid=(8, 8), conditioning=Conditioning(TextFeatures(MiniLM.dim, 1)))
 
 HEADS = {
-    "softmax": (SoftmaxHead(512), "data/glyphs_codes", "runs/quickstart/codec", 0.25),
+    "softmax": (SoftmaxHead(512), "data/glyphs_codes", "runs/glyphs/vqgan", 0.25),
     # The published cosine schedule ends in noise alone, where a head must know eps to 1e-5: hours away.
     "diffusion": (
         DiffusionHead(dim=8, width=128, depth=3, schedule="linear", respacing="25"),

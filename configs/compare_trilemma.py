@@ -1,8 +1,8 @@
 """A GAN, a next-token model and a latent flow of equal training compute, on 32x32 glyphs of ten styles.
 
     t2i data build glyphs --out data/glyphs_all --size 64 --styles all
-    t2i train configs/quickstart_codec.py --run runs/glyphs_all/codec --data.source.path=data/glyphs_all
-    t2i encode configs/quickstart.py --data.source.path=data/glyphs_all --codec=runs/glyphs_all/codec \\
+    t2i train configs/glyphs_vqgan.py --run runs/glyphs_all/codec --data.source.path=data/glyphs_all
+    t2i encode configs/glyphs_ar.py --data.source.path=data/glyphs_all --codec=runs/glyphs_all/codec \\
         --out data/glyphs_all_codes
     t2i train configs/glyphs_kl.py --run runs/glyphs_all/kl --data.source.path=data/glyphs_all
     t2i release runs/glyphs_all/kl --out runs/glyphs_all/kl_scaled --scale

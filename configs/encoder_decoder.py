@@ -1,9 +1,9 @@
-"""Captions to 32x32 glyphs by an encoder and a decoder (dalle-mini, Parti), over the codes of `quickstart_codec.py`.
+"""Captions to 32x32 glyphs by an encoder and a decoder (dalle-mini, Parti), over the codes of `glyphs_vqgan.py`.
 
 The largest Parti is the same with `Transformer(4096, 64, 64, mlp=16384, activation="gelu")` and 16 layers of that width
 for text; docs/scaling.md plans it.
 
-The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model`.
+The vocabulary is made by `t2i data vocab configs/glyphs_vqgan.py --out data/glyphs/vocabulary.model`.
 """
 
 from t2i_jax.data.pipeline import Data
@@ -37,6 +37,6 @@ experiment = Experiment(
         preview_every=500,
         save_every=250,
     ),
-    codec="runs/quickstart/codec",
+    codec="runs/glyphs/vqgan",
     text=SentencePiece("data/glyphs/vocabulary.model", length=TOKENS),
 )

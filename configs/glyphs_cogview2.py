@@ -2,9 +2,9 @@
 
 Three networks are trained at once, each by its own loss, on the codes of every image and of the same image of 32x32:
 
-    t2i train configs/quickstart_codec.py --run runs/quickstart/codec
+    t2i train configs/glyphs_vqgan.py --run runs/glyphs/vqgan
     t2i data build glyphs --out data/glyphs64 --size 64
-    t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model
+    t2i data vocab configs/glyphs_vqgan.py --out data/glyphs/vocabulary.model
     t2i train configs/glyphs_cogview2.py
     t2i sample runs/glyphs_cogview2 "a red heart" --watch
 """
@@ -48,6 +48,6 @@ experiment = Experiment(
         preview_every=300,
         save_every=150,
     ),
-    codec="runs/quickstart/codec",
+    codec="runs/glyphs/vqgan",
     text=SentencePiece("data/glyphs/vocabulary.model", length=TOKENS),
 )

@@ -1,7 +1,7 @@
 """Captions to 32x32 glyphs in the manner of GLIDE (Nichol et al. 2022): a UNet of pixels with captions of its own.
 
 The captions' Transformer is trained with the UNet, whose attention reads its tokens, and the last one goes with the
-time. The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model`; a run
+time. The vocabulary is made by `t2i data vocab configs/glyphs_vqgan.py --out data/glyphs/vocabulary.model`; a run
 of `glyphs_upsample.py` enlarges the images with --upsample.
 """
 

@@ -1,6 +1,6 @@
 """Captions to 32x32 glyphs by MAR: random sets of latents, a diffusion head, over the codes of `glyphs_kl.py`.
 
-Other cells of the table are other values of two fields: `head=SoftmaxHead(512)` over `quickstart_codec.py`,
+Other cells of the table are other values of two fields: `head=SoftmaxHead(512)` over `glyphs_vqgan.py`,
 `FlowHead(8)` or `MixtureHead(8)`; `order=Raster()`, `Permutation()` or, with softmax,
 `Confidence()`; `models.any_order.AnyOrder` is causal.
 `t2i encode configs/glyphs_mar.py --data.source.path=data/glyphs --out data/glyphs_latents` makes the data.

@@ -1,4 +1,4 @@
-"""Captions to 32x32 glyphs by MaskGIT's Transformer over the codes of `quickstart_codec.py`: ten minutes on two cores.
+"""Captions to 32x32 glyphs by MaskGIT's Transformer over the codes of `glyphs_vqgan.py`: ten minutes on two cores.
 
 One stack that reads mask tokens, LayerNorm after the residual sum, a tied table, the cosine schedule with confidence
 (Chang et al. 2022). The class token is the caption's vector here, and there is an unconditional branch, for guidance.
@@ -36,6 +36,6 @@ experiment = Experiment(
         preview_every=500,
         save_every=250,
     ),
-    codec="runs/quickstart/codec",
+    codec="runs/glyphs/vqgan",
     text=MiniLM(16, pooled=True),
 )

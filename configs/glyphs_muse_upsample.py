@@ -34,6 +34,6 @@ experiment = Experiment(
         ema=0.99,
         save_every=250,
     ),
-    codec="runs/quickstart/codec",
+    codec="runs/glyphs/vqgan",
     text=MiniLM(WORDS),
 )

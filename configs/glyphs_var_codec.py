@@ -11,7 +11,7 @@ from t2i_jax.training.optimizer import Optimizer
 
 experiment = Experiment(
     model=VQGAN(
-        # As `quickstart_codec.py`: patches of 2x2 pixels at the door.
+        # As `glyphs_vqgan.py`: patches of 2x2 pixels at the door.
         AutoencoderConfig(
             32, (2, 2), blocks=1, decoder_blocks=1, latent=64, patch=2, attention=(), middle_attention=False, groups=16
         ),

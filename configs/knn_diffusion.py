@@ -1,7 +1,7 @@
 """Images without captions by retrieval: KNN-Diffusion (Sheynin et al. 2022) on 32x32 glyphs.
 
 A discrete diffusion reads the CLIP embedding of the image and those of its neighbours, in sampling that of the caption
-and its neighbours, over the codes of `quickstart_codec.py`. CLIP and database are those of `rdm.py`.
+and its neighbours, over the codes of `glyphs_vqgan.py`. CLIP and database are those of `rdm.py`.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs"), image_size=32, batch_size=16),
     train=Train(steps=1000, optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50), ema=0.99),
-    codec="runs/quickstart/codec",
+    codec="runs/glyphs/vqgan",
     text=Neighbours(
         ClipEmbedding("models/clip-vit-base-patch32"),
         "data/glyphs_clip",

@@ -1,6 +1,6 @@
-"""Captions to 32x32 glyphs by discrete diffusion over the codes of `quickstart_codec.py`.
+"""Captions to 32x32 glyphs by discrete diffusion over the codes of `glyphs_vqgan.py`.
 
-The vocabulary is made by `t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model`.
+The vocabulary is made by `t2i data vocab configs/glyphs_vqgan.py --out data/glyphs/vocabulary.model`.
 """
 
 from dataclasses import replace
@@ -35,6 +35,6 @@ experiment = Experiment(
         preview_every=500,
         save_every=250,
     ),
-    codec="runs/quickstart/codec",
+    codec="runs/glyphs/vqgan",
     text=SentencePiece("data/glyphs/vocabulary.model", length=TOKENS),
 )

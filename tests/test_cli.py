@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
         ["sample", "MODEL", "1", "--image=a\0b"],
         ["evaluate", "a\0b"],
         ["train", "a\0b.py", "--run=run"],
-        ["encode", str(Path(__file__).parent.parent / "configs/quickstart.py"), "--data.source.path=a\0b", "--out=out"],
+        ["encode", str(Path(__file__).parent.parent / "configs/glyphs_ar.py"), "--data.source.path=a\0b", "--out=out"],
     ],
     ids=lambda a: a[0],
 )

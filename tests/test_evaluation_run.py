@@ -8,19 +8,21 @@ import pytest
 from PIL import Image
 
 from t2i_jax.core.conditions import TextSpec
-from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.config import write_stored
+from t2i_jax.core.errors import ConfigError, DataError
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.evaluation.features import FeatureNetwork
 from t2i_jax.evaluation.matching import Matching
-from t2i_jax.evaluation.run import evaluate_family
+from t2i_jax.evaluation.run import evaluate_family, records_of, reference_data
 from t2i_jax.models.ar import AR
 from t2i_jax.networks.condition import CaptionEncoder, ClassEmbedder
 from t2i_jax.pipeline import Pipeline
-from t2i_jax.storage.artifacts import Artifact
+from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.training.experiment import Experiment
 from tests.fixtures import toys
+from tests.fixtures.families import fresh
 
 SPLITS = ("train", "test", "test_combo")
 
@@ -71,7 +73,7 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
     text = None if isinstance(condition, ClassEmbedder) else Letters()
     asked = "label" in condition.batch_spec()
     pipeline = Pipeline.place(family, model, Artifact(toys.Squares(), {}), text, MeshConfig(1))
-    reference = Experiment(family, data(tmp_path / "records", text is not None, splits=SPLITS))
+    reference = data(tmp_path / "records", text is not None, splits=SPLITS)
     spaces = [FeatureNetwork("pixels").load()]
     matching = None
     if text is not None:
@@ -92,7 +94,19 @@ def test_a_family_is_asked_by_what_it_reads_also_for_likelihood(condition, tmp_p
 @pytest.mark.parametrize(("count", "broken"), [(3, ()), (9, range(6))])
 def test_too_few_images_are_said_before_any_is_drawn(count, broken, tmp_path):
     family = with_fields(AR(), vocabulary=8, grid=(2, 2), width=16, depth=1, heads=2, condition=ClassEmbedder(0))
-    reference = Experiment(family, data(tmp_path / "records", broken=broken))
+    reference = data(tmp_path / "records", broken=broken)
     pipeline = Pipeline.place(family, family.init(jax.random.key(0)), Artifact(toys.Squares(), {}), None, MeshConfig(1))
     with pytest.raises(ConfigError, match=r"(new words|training images): 3 can be used.* at least 4"):
         evaluate_family(pipeline, reference, tmp_path, [], count, 8, 0, family.options(), False)
+
+
+def test_images_to_compare_with_are_a_config_s_or_a_data_set(tmp_path):
+    own = data(tmp_path / "records", splits=SPLITS)
+    family = with_fields(AR(), vocabulary=8, grid=(2, 2), width=16, depth=1, heads=2, condition=ClassEmbedder(0))
+    save_artifact(Artifact(family, fresh(family), image_size=16), tmp_path / "model", "# a model\n")
+    found = reference_data(str(tmp_path / "records"), tmp_path / "model")
+    assert found.image_size == 16 and len(records_of(found, "test", 3)) == 3
+    write_stored(tmp_path / "config.json", Experiment(family, own))
+    assert reference_data(str(tmp_path / "config.json"), tmp_path / "model") == own
+    with pytest.raises(DataError, match="no such file"):
+        reference_data("./none", tmp_path / "model")

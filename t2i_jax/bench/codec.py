@@ -81,7 +81,7 @@ def bench_codec(codec: Codec, size: int, batch: int, repeats: int = 5, eager: bo
 class CodecBench(Arguments):
     """Images a second through the codec that a config trains, or that it reads its codes from.
 
-    Fields of the config can be set as for `train`. Example: t2i bench codec configs/quickstart_codec.py --batch 8
+    Fields of the config can be set as for `train`. Example: t2i bench codec configs/glyphs_vqgan.py --batch 8
     """
 
     config: tyro.conf.Positional[Path]

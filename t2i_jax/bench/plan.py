@@ -38,7 +38,7 @@ def bench_plan(experiment: Experiment, shapes: Batch, repeats: int = 5) -> Resul
 class PlanBench(TrainBench):
     """How far what a plan counts is from the train step of a config on this machine.
 
-    Fields of the config can be set as for `train`. Example: t2i bench plan configs/quickstart.py --encoded
+    Fields of the config can be set as for `train`. Example: t2i bench plan configs/glyphs_ar.py --encoded
     """
 
 

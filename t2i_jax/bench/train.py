@@ -141,7 +141,7 @@ class TrainBench(Arguments):
     """The train step of a config, on random batches of the shapes that it reads: how fast it is without its data.
 
     Of several processes (launchers start it as they start `train`) the first one reports the result of all.
-    Fields of the config can be set as for `train`. Example: t2i bench train configs/quickstart.py --encoded
+    Fields of the config can be set as for `train`. Example: t2i bench train configs/glyphs_ar.py --encoded
     """
 
     config: tyro.conf.Positional[Path]

@@ -66,7 +66,7 @@ class BuildArguments(Checked):
 class VocabArguments(Checked):
     """Train a SentencePiece vocabulary on the training captions of a config.
 
-    Example: t2i data vocab configs/quickstart_codec.py --out data/glyphs/vocabulary.model --size 1000
+    Example: t2i data vocab configs/glyphs_vqgan.py --out data/glyphs/vocabulary.model --size 1000
     """
 
     config: tyro.conf.Positional[Path]

@@ -18,7 +18,7 @@ from t2i_jax.training.experiment import load_experiment
 class EncodeArguments(Checked):
     """Compute the codes (and the features of a frozen text encoder) of a config's data once, and store them.
 
-    Example: t2i encode configs/quickstart.py --out data/glyphs_codes
+    Example: t2i encode configs/glyphs_ar.py --out data/glyphs_codes
     """
 
     config: tyro.conf.Positional[Path]

@@ -14,9 +14,8 @@ from t2i_jax.core.config import ConfigError, parse_some
 from t2i_jax.core.fields import Checked, Range, Seed, Size
 from t2i_jax.core.outputs import local
 from t2i_jax.core.sharding import MeshConfig
-from t2i_jax.evaluation.run import evaluate_folder
+from t2i_jax.evaluation.run import evaluate_folder, reference_data
 from t2i_jax.plan import read_mesh
-from t2i_jax.training.experiment import load_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,8 @@ class EvaluateArguments(Checked):
     out: Path | None = None
     """folder for the report; the model's own unless given"""
     data: str = ""
-    """config whose data is the reference; the run's own unless given"""
+    """what to compare with: a config, whose data are taken, or a data set, as `t2i data look` takes it; the run's own
+    unless given"""
     count: Annotated[int, Range(low=2)] = 100
     """images per set of prompts: captions of the training concepts in new words, concepts held out, and held-out pairs
     of known concepts and styles"""
@@ -48,8 +48,8 @@ class EvaluateArguments(Checked):
     """WIDTHxHEIGHT of images in pixels, for models that draw any size; pictures are cut to it. The model's own unless
     given"""
     mesh: str = ""
-    """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: the mesh of the model; the run's own, or that of
-    `data`, unless given"""
+    """AXIS=SIZE,... of data, fsdp and tensor, -1 for the rest: the mesh of the model; that of a run that is compared
+    with its own data, else one that divides batches alone, unless given"""
     judge: bool = False
     """also train a small judge of image and caption on the training pairs, and rank by it"""
     matching: str = ""
@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> None:
     evaluate_folder(
         args.model,
         local(args.out or args.model),
-        load_experiment(args.data) if args.data else None,
+        reference_data(args.data, args.model) if args.data else None,
         count=args.count,
         batch_size=args.batch_size,
         seed=args.seed,

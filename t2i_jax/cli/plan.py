@@ -23,7 +23,7 @@ class PlanArguments(Checked):
 
     For TPUs (v5e, v5p, v6e, tpu7x) the real train step is compiled by the real compiler, on any Linux machine; for GPUs
     (h100, h200, b200, gb200) it is counted. Fields of the config can be set as for `train`.
-    Example: t2i plan configs/quickstart.py --topology v5e:4x4 --mesh data=4,fsdp=4 --images 1e8
+    Example: t2i plan configs/glyphs_ar.py --topology v5e:4x4 --mesh data=4,fsdp=4 --images 1e8
     """
 
     config: tyro.conf.Positional[Path]

@@ -20,7 +20,7 @@ class TrainArguments:
     """Train the model of a config, or go on with the run where it stopped.
 
     Every field of the config can be set: t2i train CONFIG --help lists them.
-    Example: t2i train configs/quickstart.py --run runs/mine --train.steps=500 --train.optimizer.learning-rate=1e-3
+    Example: t2i train configs/glyphs_ar.py --run runs/mine --train.steps=500 --train.optimizer.learning-rate=1e-3
     """
 
     config: tyro.conf.Positional[Path]

@@ -31,8 +31,8 @@ class ReferenceSet:
 
     def __init__(self, comparison: Comparison):
         self.comparison = comparison
-        train = records_of(comparison.reference, "train", 1000)
-        records = records_of(comparison.reference, "train", comparison.count)
+        train = records_of(comparison.reference.data, "train", 1000)
+        records = records_of(comparison.reference.data, "train", comparison.count)
         if len(records) < comparison.count:
             raise ConfigError(f"reference: it has {len(records)} training images, and count is {comparison.count}")
         self.records, self.real = records, images_of(records)

@@ -105,10 +105,9 @@ def main(arguments: Sequence[str]) -> None:
     if args.out:
         check_free(local(args.out))
     files = {str(folder): images_in(folder) for folder in args.images}
-    experiment = load_experiment(args.config, rest)
-    experiment = dataclasses.replace(experiment, data=experiment.data.with_shapes())
-    size = experiment.data.image_size
-    train, test = (records_of(experiment, *wanted) for wanted in (("train", args.count), (args.split, args.held_out)))
+    data = load_experiment(args.config, rest).data.with_shapes()
+    size = data.image_size
+    train, test = (records_of(data, *wanted) for wanted in (("train", args.count), (args.split, args.held_out)))
     for record in (*train, *test):
         if not isinstance(record.get(args.field), str):
             raise ConfigError(f"--field {args.field}: record {record.get('key')} has no such text")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Hashable, Sequence
@@ -22,6 +21,8 @@ from t2i_jax.core.narrow import any_size, as_codec, classifier_guided, likelihoo
 from t2i_jax.core.outputs import check_free
 from t2i_jax.core.sharding import MeshConfig, to_host
 from t2i_jax.core.types import Family, SamplingOptions
+from t2i_jax.data.found import find_source
+from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import DataError, Record, title
 from t2i_jax.evaluation.features import Space, batches, images_of, in_batches, space_of
 from t2i_jax.evaluation.matching import Matching
@@ -31,13 +32,13 @@ from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampler import condition_of
 from t2i_jax.sampling.options import plain_options
 from t2i_jax.storage.artifacts import Artifact, load_artifact, open_artifact
-from t2i_jax.training.experiment import Experiment
+from t2i_jax.training.experiment import Experiment, load_experiment
 
 
 def evaluate_folder(
     folder: Path,
     out: Path,
-    reference: Experiment | None = None,
+    reference: Data | None = None,
     *,
     count: int = 100,
     batch_size: int = 50,
@@ -53,28 +54,28 @@ def evaluate_folder(
 ) -> Report:
     """Measure the codec or the model in `folder` against real images; write a report and a grid to `out`.
 
-    reference: an experiment whose `data` has images; the run's own unless given. matching: run or released DAMSM or
+    reference: data with images; the run's own unless given. matching: run or released DAMSM or
     CLIP, or a published CLIP, for R-precision. noises: images of each of some prompts, whose variety is measured, and
     shown in `noises.png`; 0: none.
     solver: another than that of the family. size: width and height of images, for a family of any size; pictures are
-    cut to it. mesh: for the model; that of the reference unless given.
+    cut to it. mesh: for the model; that of the run whose own data are read, else one of data alone, unless given.
     Errors: `ConfigError` where there are no images to compare with.
     """
     check_free(*(out / name for name in ("report.json", "report.md", "samples.png")))
     check_free(*([out / "noises.png"] if noises else []))
     kind = open_artifact(folder).artifact.config
     batch_size = min(batch_size, count)
+    own_mesh = MeshConfig()
     if reference is None:
         stored = config.load(folder)
         if not isinstance(stored, Experiment):
-            raise ConfigError(f"{folder} is a released model: name a config with images to compare with: --data CONFIG")
-        reference = stored
+            raise ConfigError(f"{folder} is a released model: name images to compare with: --data CONFIG or a data set")
+        reference, own_mesh = stored.data, stored.mesh
     with config.refused("--spaces"):
         loaded = [space_of(name).load() for name in spaces]
     with config.refused("--matching"):
         matcher = Matching.load(matching, batch_size) if matching else None
-    given = reference
-    cut_to = lambda *shapes: dataclasses.replace(given, data=given.data.with_shapes(*shapes))
+    cut_to = reference.with_shapes
     if size and not kind.capabilities.any_size:
         with config.refused(f"size {size[0]}x{size[1]}"):
             any_size(kind)
@@ -84,10 +85,10 @@ def evaluate_folder(
         heading = f"{type(kind).__name__}: captions of images"
         report = evaluate_matching(Matching.load(folder, batch_size), cut_to(), out, count, heading)
     else:
-        pipeline = Pipeline.load(folder, mesh or reference.mesh)
+        pipeline = Pipeline.load(folder, mesh or own_mesh)
         pipeline = pipeline.replace(solver=solver) if solver else pipeline
         pipeline = pipeline.sized(*size) if size else pipeline
-        if size or reference.data.shapes:
+        if size or reference.shapes:
             reference = cut_to(pipeline.image_shape)
         chosen = config.override(pipeline.options, options, "t2i evaluate MODEL") if options else pipeline.options
         report = evaluate_family(
@@ -99,21 +100,32 @@ def evaluate_folder(
     return report
 
 
-def records_of(experiment: Experiment, split: str, most: int, captions: bool = False) -> list[Record]:
+def reference_data(name: str, model: Path) -> Data:
+    """The data of a config or of a run, or a data set itself, as a folder of pictures, at the image size of `model`.
+
+    Errors: `ConfigError`, `DataError`.
+    """
+    if Path(name).suffix in (".py", ".json") or (Path(name) / "config.json").is_file():
+        return load_experiment(name).data
+    size = open_artifact(model).artifact.image_size
+    return Data(find_source(name).source, **({"image_size": size} if size else {}))
+
+
+def records_of(data: Data, split: str, most: int, captions: bool = False) -> list[Record]:
     """Evenly spaced records of a split, with images; none where there is no such split. captions: with captions too.
 
     Unusable records are replaced by the next usable ones, named and counted. Errors: `ConfigError` for data
     without images, `DataError` where too many records are broken.
     """
     try:
-        examples = experiment.data.examples(split, captions)
+        examples = data.examples(split, captions)
     except DataError:
         return []
     records = examples.spaced(most)
     if summary := examples.summary():
         console.print(f"{split}: {summary}", style="yellow", soft_wrap=True, highlight=False)
     if any("image" not in record for record in records):
-        raise ConfigError("the data has codes and no images: name a config with images to compare with: --data CONFIG")
+        raise ConfigError("the data has codes and no images: name images to compare with: --data CONFIG or a data set")
     return records
 
 
@@ -124,7 +136,7 @@ def reads_classes(family: Family) -> bool:
 
 def evaluate_codec(
     artifact: Artifact,
-    reference: Experiment,
+    reference: Data,
     out: Path,
     spaces: Sequence[Space],
     count: int,
@@ -158,7 +170,7 @@ def evaluate_codec(
     return Report(f"{type(codec).__name__}: reconstruction", numbers, {"images": len(real), "step": artifact.step})
 
 
-def evaluate_matching(matching: Matching, reference: Experiment, out: Path, count: int, heading: str) -> Report:
+def evaluate_matching(matching: Matching, reference: Data, out: Path, count: int, heading: str) -> Report:
     """How well a model of images and captions finds them: R-precision, retrieval both ways and zero-shot
     classification, in sets: new words of concepts that it was trained on, held-out concepts, and where the data has
     them held-out pairs of known concepts and styles."""
@@ -178,7 +190,7 @@ def evaluate_matching(matching: Matching, reference: Experiment, out: Path, coun
     return Report(heading, numbers, {"images": {name: len(some) for name, some in sets.items()}})
 
 
-def held_out_sets(reference: Experiment, count: int, captions: bool) -> dict[str, list[Record]]:
+def held_out_sets(reference: Data, count: int, captions: bool) -> dict[str, list[Record]]:
     """Held-out records by what is new in them; empty where the data has none."""
     splits = {"new concepts": "test", "new combinations": "test_combo"}
     return {name: records_of(reference, split, count, captions) for name, split in splits.items()}
@@ -211,7 +223,7 @@ def wording(record: Record) -> str:
 
 def evaluate_family(
     pipeline: Pipeline,
-    reference: Experiment,
+    reference: Data,
     out: Path,
     spaces: Sequence[Space],
     count: int,
