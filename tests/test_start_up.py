@@ -26,6 +26,7 @@ BRINGS = {
     "encode": TRAINING | {"ftfy", "tokenizers"},
     "sample": set(),
     "zoo": set(),
+    "plot": set(),
     "evaluate": MEASURING,
     "compare": MEASURING,
     "convert": TRAINING | {"ftfy", "tokenizers", "sentencepiece"},
@@ -35,7 +36,7 @@ BRINGS = {
     "bench": set(),
 }
 """Those of them that a command brings before it reads its arguments, at most."""
-MODULES = {"sample": 1500, "zoo": 1350, "push": 1400, "bench": 1300}
+MODULES = {"sample": 1500, "zoo": 1350, "plot": 1350, "push": 1400, "bench": 1300}
 """Most modules in all, those of JAX and Flax, some 1100, included."""
 
 IMPORTED = """

@@ -26,6 +26,7 @@ COMMANDS = {
     "fit": "pictures as they are to a released model, by the commands below",
     "data": "look at pictures; build a data set that ships as packages; a vocabulary; index tar files, and neighbours",
     "train": "train or go on with a run (a codec or a model)",
+    "plot": "loss and other metrics of runs over their steps, as a picture",
     "encode": "images and captions to codes and features, once",
     "sample": "prompts to images",
     "zoo": "the models inside the package, which `t2i sample NAME` draws with",
