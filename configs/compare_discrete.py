@@ -1,6 +1,6 @@
 """VQ-Diffusion and next-token prediction, and its own claims, on 32x32 glyphs: `t2i compare` runs it.
 
-Codes and caption features are those of the quickstart (`t2i encode configs/glyphs_ar.py`). Every sixth image is
+Codes and caption features are those of `t2i encode configs/glyphs_ar.py`. Every sixth image is
 used, so that minutes of training are many passes over them.
 """
 

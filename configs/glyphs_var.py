@@ -30,13 +30,13 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_scales"), image_size=32, batch_size=32),
     train=Train(
-        steps=900,
+        steps=1400,
         # Muon wants rates ten times those of Adam, which moves the tables.
         optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50, final=0.05, weight_decay=0.01),
         ema=0.98,
-        evaluate_every=450,
-        preview_every=450,
-        save_every=450,
+        evaluate_every=350,
+        preview_every=350,
+        save_every=350,
     ),
     codec="runs/glyphs/scales",
     text=MiniLM(16, pooled=True),
