@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.data import ArrayRecord, Data, DataError, Tfds, glyphs, write_records
+from t2i_jax.data.found import find_source
 from t2i_jax.data.glyph_styles import STYLES, Glyph, as_caption, codes, glyphs_of, render, twemoji_wheel
 from t2i_jax.data.glyphs import GlyphsConfig, build_glyphs, captions_of, split_of, unseen_caption
 
@@ -43,6 +44,7 @@ def test_a_small_build(tmp_path, every):
     named = Tfds(str(tmp_path / "g"), captions="captions", fields=("style", "captions")).open()
     first = next(record for record in records if record["split"] == "train")
     assert named[0]["style"] == "twemoji" and named[0]["captions"] == first["captions"]
+    assert find_source(str(tmp_path / "g")).source == ArrayRecord(str(tmp_path / "g"))  # with all fields of records
 
 
 WITHOUT_TENSORFLOW = """

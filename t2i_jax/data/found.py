@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -123,9 +124,13 @@ def _file(data: str) -> FoundSource:
 
 def _prepared(folder: str) -> FoundSource:
     """A data set that this library or tfds has written."""
-    if os.path.exists(os.path.join(folder, FEATURES)):
-        return _tfds(folder)
     source = ArrayRecord(folder)
+    if os.path.exists(os.path.join(folder, FEATURES)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # tfds says what is wrong
+            features = json.loads(Path(folder, FEATURES).read_text("utf-8"))["featuresDict"]["features"]
+            if {"image", "captions", "key"} <= set(features):
+                return FoundSource(source, (f"{folder}: a data set of this library, split '{source.split}'",))
+        return _tfds(folder)
     if "train" not in (splits := _splits(folder)) and splits:
         source = replace(source, split="+".join(splits))
     return FoundSource(source, (f"{folder}: a data set of this library, split '{source.split}'",))
