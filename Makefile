@@ -38,9 +38,9 @@ $(VENV)/.done: pyproject.toml weights.txt
 quickstart: $(VENV)/.quickstart ## data, a text-to-image model, samples and metrics: about 10 minutes on 2 cores
 	@echo "1. Data: 1,715 emoji of Twemoji with captions, 64x64 pixels; concepts are held out for testing."
 	$(T2I) data build glyphs --out data/glyphs64 --size 64
-	@echo "2. Codes: the zoo's codec turns each image into 8x8 vectors, and MiniLM each caption into one vector, once."
-	$(T2I) encode configs/quickstart.py --data.source.path=data/glyphs64 --out data/glyphs64_latents
-	@echo "3. Training: a Transformer learns to turn noise into such vectors, for the caption that it reads."
+	@echo "2. Codes: the codec of the zoo turns each image into 16x16 codes of 1024, and MiniLM each caption into a vector."
+	$(T2I) encode configs/quickstart.py --data.source.path=data/glyphs64 --out data/glyphs64_codes
+	@echo "3. Training: a Transformer learns which code comes next, given the caption and the codes before."
 	$(T2I) train configs/quickstart.py --run $(RUN)/model
 	$(T2I) plot $(RUN)/model
 	@echo "4. Metrics: images for captions in new words, each looked for among real ones, and for concepts never seen."

@@ -1,7 +1,7 @@
 """MAR's table on 32x32 glyphs: every order with a softmax over codes and with a diffusion head over latents.
 
-Codes are those of `glyphs_vqgan.py`, latents those of `glyphs_kl.py`; both are stored with the captions' features. Every
-twelfth image is used, so that minutes of training are many passes over them. `t2i compare` runs it.
+Codes are those of `glyphs_vqgan.py`, latents those of `glyphs_kl.py`; both are stored with the captions' features.
+Every twelfth image is used, so that minutes of training are many passes over them. `t2i compare` runs it.
 """
 
 import dataclasses
