@@ -1,7 +1,7 @@
 """The codec of the zoo: 64x64 glyphs in ten styles as 16x16 of 1024 codes.
 
-    t2i data build glyphs --out data/glyphs_all --size 64 --styles all
-    t2i train configs/zoo_codec.py --run runs/zoo/codec
+t2i data build glyphs --out data/glyphs_all --size 64 --styles all
+t2i train configs/zoo_codec.py --run runs/zoo/codec
 """
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
