@@ -29,7 +29,7 @@ from t2i_jax.core import config
 from t2i_jax.core.outputs import write_markdown
 from t2i_jax.models.ar import AR
 from t2i_jax.release import card
-from t2i_jax.storage.artifacts import Artifact, save_artifact
+from t2i_jax.storage.artifacts import Artifact, copy_artifact, save_artifact
 from t2i_jax.training.experiment import Experiment
 
 HOME = Path(__file__).parents[1]
@@ -83,10 +83,12 @@ def calls(checkout: Path, scratch: Path, model: Path, repeats: int) -> dict[str,
     }
 
 
-def subject(folder: Path) -> tuple[Path, str]:
-    """The model that is sampled, and what it is."""
+def subject(folder: Path) -> tuple[Path, Path, str]:
+    """The model that is sampled, in the form that an earlier commit reads, and as it is now; and what it is."""
     if found := list(zoo.models().values()):
-        return found[0].folder, f"`{found[0].name}` of the zoo"
+        first = found[0]
+        copy_artifact(first.folder, folder / "model", lambda artifact: card(artifact, first.name), half=True)
+        return folder / "model", first.folder, f"`{first.name}` of the zoo, before in bf16"
     codec = config.load(HOME / "configs" / "glyphs_vqgan.py")
     base = config.load(HOME / "configs" / "glyphs_ar.py")
     assert isinstance(codec, Experiment) and isinstance(base, Experiment) and isinstance(base.model, AR)
@@ -96,7 +98,11 @@ def subject(folder: Path) -> tuple[Path, str]:
     save_artifact(part, folder / "codec", card(part, "codec"))
     made = Artifact(model, model.init(jax.random.key(0)), base.text, str(folder / "codec"), image_size=64)
     save_artifact(made, folder / "model", card(made, "model"), half=True)
-    return folder / "model", "a model of the zoo's shape with random weights: 256 codes by `AR`, captions by MiniLM"
+    return (
+        folder / "model",
+        folder / "model",
+        "a model of the zoo's shape with random weights: 256 codes by `AR`, captions by MiniLM",
+    )
 
 
 def table(before: dict[str, Cost], after: dict[str, Cost]) -> str:
@@ -118,11 +124,11 @@ def main() -> None:
     git = lambda *words: subprocess.run(["git", "-C", str(HOME), *words], check=True, capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model, what = subject(folder / "models")
+        *models, what = subject(folder / "models")
         git("worktree", "add", "--detach", str(folder / "before"), args.before)
         try:
             costs = []
-            for name, checkout in (("old", folder / "before"), ("new", HOME)):
+            for name, checkout, model in zip(("old", "new"), (folder / "before", HOME), models, strict=True):
                 (folder / name).mkdir()
                 costs.append(calls(checkout, folder / name, model, args.repeats))
         finally:
