@@ -192,7 +192,7 @@ def game() -> Drawing:
     d = Drawing(780, 235, "Real, generated and mismatched pairs")
     rows = [
         ("real image", "its sentence", "real", "made"),
-        ("generated image", "its sentence", "fake", "note"),
+        ("generated", "its sentence", "fake", "note"),
         ("real image", "another sentence", "fake", "note"),
     ]
     d.box(20, 88, 110, 50, "part", "G", "noise, sentence")
