@@ -1,10 +1,11 @@
-"""The codec of the zoo: 64x64 glyphs in ten styles as 16x16 of 1024 codes.
+"""The codec of the zoo: 64x64 glyphs in ten styles as 130 codes, in maps of six sizes.
 
 t2i data build glyphs --out data/glyphs_all --size 64 --styles all
 t2i train configs/zoo_codec.py --run runs/zoo/codec
 """
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
+from t2i_jax.codecs.multiscale import MultiScaleConfig
 from t2i_jax.codecs.quantize import QuantizerConfig
 from t2i_jax.codecs.vqgan import VQGAN
 from t2i_jax.data.pipeline import Data
@@ -16,9 +17,18 @@ experiment = Experiment(
     model=VQGAN(
         # As `glyphs_vqgan.py`: patches of 2x2 pixels at the door.
         AutoencoderConfig(
-            32, (2, 2), blocks=1, decoder_blocks=1, latent=64, patch=2, attention=(), middle_attention=False, groups=16
+            32,
+            (2, 2, 4),
+            blocks=1,
+            decoder_blocks=1,
+            latent=64,
+            patch=2,
+            attention=(),
+            middle_attention=False,
+            groups=16,
         ),
-        QuantizerConfig(codes=1024, dim=8, decay=0.9, revive=0.2),
+        MultiScaleConfig(QuantizerConfig(1024, 8, normalize=False, decay=0.9, revive=0.2), scales=(1, 2, 3, 4, 6, 8)),
+        kernel=3,
         pixels="l1",
         perceptual=0.0,
         adversarial=0.0,
