@@ -5,7 +5,7 @@ wrong is forgiven. Any model of 32x32 images may be the first:
 
     t2i data build glyphs --out data/glyphs64 --size 64
     t2i train configs/glyphs_upsample.py
-    t2i sample runs/glyphs/ar "a red heart" --upsample runs/glyphs_upsample
+    t2i sample runs/quickstart/model "a red heart" --upsample runs/glyphs_upsample
 """
 
 from t2i_jax.data.pipeline import Data
