@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import repeat
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
@@ -39,6 +40,8 @@ from t2i_jax.storage.artifacts import Artifact, with_files
 from t2i_jax.text.cut import limited, unread
 
 log = logging.getLogger(__name__)
+GREY = 230
+"""Pixels of codes that are not drawn yet."""
 
 OnProgress = Callable[[float, int], None]
 """Called as (images finished, all images)."""
@@ -362,10 +365,15 @@ class Sampler:
 
     def decode(self, codes: np.ndarray, codec: Artifact[Codec] | None = None) -> np.ndarray:
         """Images uint8 (b, i, j, 3) of codes, or of images as floats; codec: another than the pipeline's own, of the
-        same codes."""
+        same codes. Pixels of discrete codes that are -1, not drawn yet, are grey."""
         config, model = (codec.config, codec.model) if codec else (self.program.codec, self.parts["codec"])
+        drawn = codes >= 0 if np.issubdtype(codes.dtype, np.integer) else np.ones(codes.shape, bool)
         with jax.set_mesh(self.mesh):
-            return to_host(_decode_alone(config, model, codes))
+            images = to_host(_decode_alone(config, model, codes if drawn.all() else np.maximum(codes, 0)))
+        if drawn.all():
+            return images
+        factor = images.shape[1] // codes.shape[1]
+        return np.where(repeat(drawn, "b i j -> b (i p) (j q) 1", p=factor, q=factor), images, np.uint8(GREY))
 
     def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The condition of the model and of its guides, on the host. Errors: as of `condition_of`."""

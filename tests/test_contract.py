@@ -254,6 +254,9 @@ def test_known_tokens_stay_and_progress_counts_steps_to_the_end(name):
     assert done == sorted(set(done)) and done[0] >= 1 and totals == {done[-1]}
     assert all(sample.shape == shape and sample.dtype == made.dtype for _, _, sample in seen)
     np.testing.assert_allclose(seen[-1][2], made, atol=1e-5)
+    if spec.code.is_discrete:  # one is -1 until it is drawn, and then stays, or is drawn again
+        hidden = [int((sample < 0).sum()) for _, _, sample in seen]
+        assert hidden == sorted(hidden, reverse=True) and hidden[-1] == 0
 
 
 @pytest.mark.parametrize("name", models_that_draw(lambda c: c.capabilities.inpaint))

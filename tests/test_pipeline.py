@@ -11,7 +11,9 @@ import pytest
 
 import t2i_jax as t2i
 from t2i_jax.core.sharding import MeshConfig
+from t2i_jax.sampler import GREY
 from t2i_jax.storage.artifacts import Artifact
+from tests.fixtures import toys
 from tests.fixtures.families import FAMILIES
 
 FAMILY = FAMILIES["dit"]
@@ -117,3 +119,17 @@ def test_guides_that_do_not_go_together_are_refused():
     guide = t2i.Autoguidance(Artifact(FAMILY, {}))
     with pytest.raises(t2i.ConfigError, match="two guides of one kind"):
         pipeline_of()("0", guides=[guide, guide])
+
+
+def test_codes_that_are_not_drawn_yet_are_grey():
+    family = FAMILIES["ar"]
+    pipe = t2i.Pipeline.place(
+        family, weights(family), Artifact(toys.Squares(family.vocabulary), {}), mesh=MeshConfig(1)
+    )
+    seen = {}
+    pipe(0, on_preview=lambda share, codes: seen.update({share: codes}))
+    first, last = seen[min(seen)], seen[max(seen)]
+    assert (first < 0).any() and (last >= 0).all()
+    images = pipe.sampler().decode(first)
+    assert (images[np.repeat(np.repeat(first < 0, 4, 1), 4, 2)] == GREY).all()
+    np.testing.assert_array_equal(pipe.sampler().decode(last), pipe(0))

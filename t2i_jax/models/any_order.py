@@ -33,7 +33,7 @@ from t2i_jax.nn.transformer import Block, Cache, Transformer, apply_layers, scan
 from t2i_jax.sampling.guidance import Branches
 from t2i_jax.sampling.options import ARSampler
 from t2i_jax.sampling.orders import Permutation, Raster, orders_of, with_known_last
-from t2i_jax.sampling.progress import Progress, report
+from t2i_jax.sampling.progress import Progress, known_so_far, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class AnyOrder(HeadFamily[ARSampler]):
         """Tokens (b, L, *code): see `HeadFamily`. Each step feeds one token and samples the next one of the order."""
         b, length, model, rows = len(x), self.length, weight_stationary(model), both.rows
         places = jnp.flip(orders if self.order.fixed else with_known_last(orders, keep), 1)
-        place = lambda k: jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
+        place, ranks = lambda k: jax.lax.dynamic_slice_in_dim(places, k, 1, 1), jnp.argsort(places, 1)
         z, state = model.prefill(*both.conditions(condition, b), rows(place(0)))
 
         def sampled(x: Array, z: Array, k: Array | int) -> Array:
@@ -134,7 +134,8 @@ class AnyOrder(HeadFamily[ARSampler]):
             here = dataclasses.replace(state, caches=caches)
             z, after = model.decode(here, rows(_pick(x, place(k))), rows(place(k)), rows(place(k + 1)), k)
             x = sampled(x, z, k + 1)
-            report(progress, k + 2, length, from_tokens(x, self.grid, self.patch))
+            shown = known_so_far(x, ranks < k + 2)
+            report(progress, k + 2, length, from_tokens(shown, self.grid, self.patch))
             return (x, after.caches), None
 
         x = sampled(x, z, 0)

@@ -50,7 +50,7 @@ from t2i_jax.sampling.orders import (
     remaining,
     with_known_last,
 )
-from t2i_jax.sampling.progress import Progress, report
+from t2i_jax.sampling.progress import Progress, known_so_far, report
 
 T = TypeVar("T")
 
@@ -269,7 +269,8 @@ class Masked(HeadFamily[MaskedSampler]):
                 gumbel = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
                 orders = by_confidence(orders, now, scores + fading[..., None] * gumbel)
             done = jnp.where(jnp.any(then > 0), i + 1 - start, steps)
-            report(progress, done, steps, from_tokens(x, self.grid, self.patch))
+            shown = known_so_far(x, ~hidden_by(orders, then))
+            report(progress, done, steps, from_tokens(shown, self.grid, self.patch))
             return x, orders, then, i + 1
 
         first = (x, orders, total, jnp.asarray(start, jnp.int32))

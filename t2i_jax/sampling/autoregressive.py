@@ -30,7 +30,7 @@ from t2i_jax.nn.transformer import REMATS, Transformer
 from t2i_jax.sampling.guidance import Branches, guide, is_guided
 from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import ARSampler
-from t2i_jax.sampling.progress import Progress, report
+from t2i_jax.sampling.progress import Progress, known_so_far, report
 from t2i_jax.sampling.tokens import sample_token, uniforms
 
 SEGMENTS = 4
@@ -112,7 +112,7 @@ class Autoregressive(BaseFamily[ARSampler]):
             training drops no conditions, since no unconditional branch was trained.
         segments: number of steps in which the cache grows; attention reads no more than the current size; static. Each
             segment compiles all layers again, so 0 means 4 for shallow models and fewer for deep ones.
-        progress: its listener is called with (tokens so far, all tokens, codes (b, h, w)).
+        progress: its listener is called with (tokens so far, all tokens, codes (b, h, w), -1 where one is not drawn).
         """
         known, keep = known_and_keep(self.capabilities, self.sample_spec(), len(keys), known, keep)
         options, guided = (options or self.options()).arrays(), is_guided(self.capabilities, guided)
@@ -148,7 +148,8 @@ def _sample(
         codes, caches = carry
         logits, after = model.decode(dataclasses.replace(state, caches=caches), both.rows(codes[:, i]), i)
         codes = codes.at[:, i + 1].set(pick(logits, i + 1))
-        report(progress, i + 2, length, codes.reshape(b, *config.grid))
+        shown = known_so_far(codes, jnp.arange(length) < i + 2)
+        report(progress, i + 2, length, shown.reshape(b, *config.grid))
         return (codes, after.caches), None
 
     model = weight_stationary(model)

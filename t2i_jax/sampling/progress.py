@@ -61,3 +61,11 @@ def _dispatch(call: Array, done: Array, total: Array, sample: Array) -> None:
     listener = _LISTENERS.get(int(call))
     if listener is not None:  # its block may have ended with an error
         listener(int(done), int(total), np.asarray(sample))
+
+
+def known_so_far(codes: Array, known: Array) -> Array:
+    """Codes (b, L, *code) as a listener is told of them: -1 in the place of discrete ones that are not drawn yet.
+
+    known: bool, (L,) or (b, L).
+    """
+    return jnp.where(known, codes, -1) if jnp.issubdtype(codes.dtype, jnp.integer) else codes
