@@ -29,7 +29,7 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_zoo"), image_size=64, batch_size=32),
     train=Train(
-        steps=3600,
+        steps=2700,
         # Muon wants rates ten times those of Adam, which moves the tables.
         optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=100, final=0.02, weight_decay=0.01),
         ema=0.99,

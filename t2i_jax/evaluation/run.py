@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Hashable, Sequence
@@ -107,8 +108,8 @@ def reference_data(name: str, model: Path) -> Data:
     """
     if Path(name).suffix in (".py", ".json") or (Path(name) / "config.json").is_file():
         return load_experiment(name).data
-    size = open_artifact(model).artifact.image_size
-    return Data(find_source(name).source, **({"image_size": size} if size else {}))
+    data = Data(find_source(name).source)
+    return dataclasses.replace(data, image_size=open_artifact(model).artifact.image_size or data.image_size)
 
 
 def records_of(data: Data, split: str, most: int, captions: bool = False) -> list[Record]:
