@@ -1,42 +1,39 @@
-"""The codec of the zoo: 64x64 glyphs in ten styles as 130 codes, in maps of six sizes.
+"""A codec for the zoo: 64x64 glyphs in ten styles as 8x8 latents of 16 numbers (`docs/results/zoo.md`).
 
-t2i data build glyphs --out data/glyphs_all --size 64 --styles all
-t2i train configs/zoo_codec.py --run runs/zoo/codec
+    t2i data build glyphs --out data/glyphs_all --size 64 --styles all
+    t2i train configs/zoo_codec.py --run runs/zoo/codec
+    t2i release runs/zoo/codec --out runs/zoo/codec_scaled --scale --half
 """
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
-from t2i_jax.codecs.multiscale import MultiScaleConfig
-from t2i_jax.codecs.quantize import QuantizerConfig
-from t2i_jax.codecs.vqgan import VQGAN
+from t2i_jax.codecs.kl import KL
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
 experiment = Experiment(
-    model=VQGAN(
-        # As `glyphs_vqgan.py`: patches of 2x2 pixels at the door.
+    model=KL(
         AutoencoderConfig(
             32,
-            (2, 2, 4),
+            (1, 2, 4),
             blocks=1,
-            decoder_blocks=1,
-            latent=64,
+            decoder_blocks=2,
+            latent=16,
+            moments=True,
             patch=2,
             attention=(),
-            middle_attention=False,
             groups=16,
         ),
-        MultiScaleConfig(QuantizerConfig(1024, 8, normalize=False, decay=0.9, revive=0.2), scales=(1, 2, 3, 4, 6, 8)),
-        kernel=3,
+        kl=1e-4,
         pixels="l1",
         perceptual=0.0,
         adversarial=0.0,
     ),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=32),
     train=Train(
-        steps=1500,
-        optimizer=Optimizer(learning_rate=3e-3, warmup=60, final=0.02, weight_decay=0.01),
+        steps=2500,
+        optimizer=Optimizer(learning_rate=2e-3, warmup=100, final=0.02, weight_decay=0.01),
         ema=0.995,
         evaluate_every=500,
         preview_every=500,
