@@ -1,8 +1,10 @@
-"""A codec for the zoo: 64x64 glyphs in ten styles as 8x8 latents of 16 numbers (`docs/results/zoo.md`).
+"""A codec for the zoo: 64x64 glyphs in ten styles as 8x8 latents of 16 numbers.
 
     t2i data build glyphs --out data/glyphs_all --size 64 --styles all
     t2i train configs/zoo_codec.py --run runs/zoo/codec
     t2i release runs/zoo/codec --out runs/zoo/codec_scaled --scale --half
+
+`docs/results/zoo.md` compares it with others.
 """
 
 from t2i_jax.codecs.autoencoder import AutoencoderConfig
