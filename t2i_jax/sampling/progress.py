@@ -64,7 +64,7 @@ def _dispatch(call: Array, done: Array, total: Array, sample: Array) -> None:
 
 
 def known_so_far(codes: Array, known: Array) -> Array:
-    """Codes (b, L, *code) as a listener is told of them: -1 in the place of discrete ones that are not drawn yet.
+    """Codes (b, L, *code) as a listener gets them: -1 in the place of discrete ones that are not drawn yet.
 
     known: bool, (L,) or (b, L).
     """
