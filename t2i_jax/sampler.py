@@ -372,8 +372,8 @@ class Sampler:
             images = to_host(_decode_alone(config, model, codes if drawn.all() else np.maximum(codes, 0)))
         if drawn.all():
             return images
-        factor = images.shape[1] // codes.shape[1]
-        return np.where(repeat(drawn, "b i j -> b (i p) (j q) 1", p=factor, q=factor), images, np.uint8(GREY))
+        factor, cells = images.shape[1] // codes.shape[1], drawn.reshape(*drawn.shape[:3], -1).all(-1)
+        return np.where(repeat(cells, "b i j -> b (i p) (j q) 1", p=factor, q=factor), images, np.uint8(GREY))
 
     def condition(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The condition of the model and of its guides, on the host. Errors: as of `condition_of`."""

@@ -269,7 +269,8 @@ class Masked(HeadFamily[MaskedSampler]):
                 gumbel = -jnp.log(-jnp.log(jnp.clip(uniform, 1e-7, 1 - 1e-7)))
                 orders = by_confidence(orders, now, scores + fading[..., None] * gumbel)
             done = jnp.where(jnp.any(then > 0), i + 1 - start, steps)
-            shown = known_so_far(x, ~hidden_by(orders, then))
+            # By confidence all are drawn, and those that stay hidden are drawn again.
+            shown = x if order.by_confidence else known_so_far(x, ~hidden_by(orders, then))
             report(progress, done, steps, from_tokens(shown, self.grid, self.patch))
             return x, orders, then, i + 1
 

@@ -68,4 +68,6 @@ def known_so_far(codes: Array, known: Array) -> Array:
 
     known: bool, (L,) or (b, L).
     """
-    return jnp.where(known, codes, -1) if jnp.issubdtype(codes.dtype, jnp.integer) else codes
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        return codes
+    return jnp.where(known.reshape(known.shape + (1,) * (codes.ndim - 2)), codes, -1)
