@@ -72,7 +72,7 @@ quick: install ## the tests of the host and one of each family: a few minutes on
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' $(QUICK)
 
 # Files in the order of `tests/conftest.py`: else those of a few long tests come last, when one process has no more to do.
-test: install ## all tests but the slow ones, in about 18 minutes on 2 cores
+test: install ## all tests but the slow ones, in about 20 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test-all: install docs ## the long tests too: kills, many processes; the tutorials of the site
