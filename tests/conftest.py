@@ -16,6 +16,8 @@ from tests.fixtures.durations import CPUTimes, file_of, recorded
 # Tests compile much and compute little: the compiler is asked for less. With the older emitters of fused loops, which
 # jax 0.12 has no more, it takes a third to a half of the time, and code that is not split up costs fewer CPU seconds.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Eight devices on two busy cores may wait for each other for longer than the 40 s after which XLA gives up.
+FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=900"
 FLAGS += " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
