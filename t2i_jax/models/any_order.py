@@ -117,7 +117,8 @@ class AnyOrder(HeadFamily[ARSampler]):
         """Tokens (b, L, *code): see `HeadFamily`. Each step feeds one token and samples the next one of the order."""
         b, length, model, rows = len(x), self.length, weight_stationary(model), both.rows
         places = jnp.flip(orders if self.order.fixed else with_known_last(orders, keep), 1)
-        place, ranks = lambda k: jax.lax.dynamic_slice_in_dim(places, k, 1, 1), jnp.argsort(places, 1)
+        place = lambda k: jax.lax.dynamic_slice_in_dim(places, k, 1, 1)
+        ranks = jnp.argsort(places, 1)
         z, state = model.prefill(*both.conditions(condition, b), rows(place(0)))
 
         def sampled(x: Array, z: Array, k: Array | int) -> Array:

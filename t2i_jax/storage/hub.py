@@ -72,17 +72,19 @@ def _files(repo: str, revision: str | None) -> list[str]:
 def copies(files: Iterable[str]) -> list[str]:
     """Those of a repository's files that hold weights which others of them hold too.
 
-    Pickled files next to safetensors, halves (`.fp16.`) and weights without average (`.non_ema.`) of files that are
-    there whole, and single files of a pipeline whose parts are in folders.
+    Pickled files of the same name as safetensors, halves (`.fp16.`) and weights without average (`.non_ema.`) of files
+    that are there whole, and single files of a pipeline whose parts are in folders.
 
-    >>> copies(["unet/a.safetensors", "unet/a.bin", "unet/a.fp16.safetensors", "vae/a.bin"])
-    ['unet/a.bin', 'unet/a.fp16.safetensors']
+    >>> copies(["a/model.safetensors", "a/pytorch_model.bin", "a/model.fp16.safetensors", "a/other.pt"])
+    ['a/model.fp16.safetensors', 'a/pytorch_model.bin']
     """
     names, found = set(files), []
-    safe = {str(PurePosixPath(name).parent) for name in names if name.endswith(".safetensors")}
+    # `pytorch_model-00001-of-00002.bin` is a part of what `model.safetensors` holds.
+    stem = lambda name: re.sub(r"pytorch_|-\d+-of-\d+", "", name.rpartition(".")[0])
+    safe = {stem(name) for name in names if name.endswith(".safetensors")}
     for name in sorted(names):
         path = PurePosixPath(name)
-        pickled = path.suffix in PICKLES and str(path.parent) in safe
+        pickled = path.suffix in PICKLES and stem(name) in safe
         variant = re.sub(r"\.(fp16|non_ema)(?=[.-])", "", name)
         single = "model_index.json" in names and "/" not in name and path.suffix in (*PICKLES, ".safetensors")
         if pickled or single or (variant != name and variant in names):
