@@ -16,7 +16,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 # Packages are installed uncompiled: without files of bytecode each process would parse all that it imports, for 2 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install quickstart compare quick test test-all durations check docs docs-fast format clean
+.PHONY: help install quickstart compare quick test test-all soak durations check docs docs-fast format clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -77,6 +77,9 @@ test: install ## all tests but the slow ones, in about 20 minutes on 2 cores
 
 test-all: install docs ## the long tests too: kills, many processes; the tutorials of the site
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+soak: install ## kill a training a hundred times at random moments: each time it must go on as if nothing had been
+	T2I_KILLS=100 $(BIN)/python -m pytest -q -s tests/test_faults.py -k "kill_9 and 100"
 
 durations: install ## measure the tests of `make test` and write the tables of docs/testing.md
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' --cpu-times=.cache/times.json

@@ -1,6 +1,7 @@
 """What can happen to a run: kill -9, a full disk, signals, other process counts. The command is run as users do."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -96,12 +97,13 @@ def kill_at(process, run: Path, when: random.Random):
     process.communicate()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(int(os.environ.get("T2I_KILLS", "20")), marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments_changes_nothing(room, kills):
     folder, start, finish = room
     when, run = random.Random(kills), folder / f"killed{kills}"
-    for _ in range(kills):
+    for kill in range(kills):
         kill_at(*start(run.name), run, when)
+        print(f"kill {kill + 1} of {kills}: {run.name}, step {max(curve(run), default=0)}")
         if max(curve(run), default=0) >= 22:  # begin anew: a finished run cannot be killed
             status, output = finish(run.name)
             assert status == 0, output
