@@ -22,11 +22,14 @@ from t2i_jax.nn.layers import ModelState, position_table
 from t2i_jax.storage.artifacts import Artifact, open_artifact, save_artifact
 from t2i_jax.training import trainer as trainer_module
 from t2i_jax.training.loop import train
+from t2i_jax.training.objectives import forward_of
 from t2i_jax.training.optimizer import Optimizer, with_rates
 from t2i_jax.training.start import fit, interpolated, read_start
+from t2i_jax.training.state import carried_of, create
+from t2i_jax.training.step import make_step
 from t2i_jax.training.trainer import Trainer
 from tests.fixtures import toys
-from tests.fixtures.families import ALL, FAMILIES, fresh
+from tests.fixtures.families import ALL, FAMILIES, batch_for, fresh
 
 SGD = Optimizer("sgd", learning_rate=0.1, schedule="constant", warmup=0, clip=0.0)
 
@@ -186,6 +189,28 @@ def test_frozen_parameters_do_not_change_and_have_no_moments(tmp_path):
         Trainer(toys.experiment(frozen=("layer",)), tmp_path)
     with pytest.raises(ConfigError, match="train.frozen: it leaves the objective"):
         Trainer(toys.experiment(frozen=("layers",)), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vqgan", "gan-spatial"])
+def test_the_state_of_frozen_parts_does_not_change(name):
+    """A codebook of moving averages, statistics of batch norm and power iterations are fixed with what they are of."""
+    config, moved = ALL[name], {}
+    objectives = config.objectives()
+    optimizers = {name: SGD.build(1) for name in objectives}
+    state = create(lambda _: fresh(config), objectives, optimizers, jax.random.key(0))
+    for fixed in ((), tuple({k.split(".")[0] for k in state.carried})):
+        step = make_step(abstract(config), objectives, optimizers, forward=forward_of(config), fixed=fixed)
+        after, _ = jax.jit(step)(state, {}, batch_for(config))
+        moved[fixed] = {k for k, v in after.carried.items() if np.any(v[...] != state.carried[k][...])}
+    free, held = moved.values()
+    assert free and not held, held
+
+
+def test_frozen_names_may_be_those_of_state_alone(tmp_path):
+    config = ALL["vqgan"]
+    assert "autoencoder.quantizer.codebook" in carried_of(abstract(config))
+    begun = toys.experiment(frozen=("autoencoder.quantizer",))
+    Trainer(dataclasses.replace(begun, model=config), tmp_path)
 
 
 def test_rates_multiply_the_updates_of_their_paths():

@@ -54,7 +54,8 @@ class Train(Checked):
     """run or released model (as of `t2i convert`) whose weights the run begins with, wherever they fit; the optimizer,
     the average and the count of steps are new. Empty: none"""
     frozen: tuple[str, ...] = ()
-    """dotted names, or prefixes of names (such as `condition`), of parameters that do not change"""
+    """dotted names, or prefixes of names (such as `condition`), of parameters that do not change, nor the model's state
+    under them: moving averages of a codebook, statistics of batch norm"""
     lora: LoRA = LoRA()
     """with a rank: adapters of the weights of `start`, which do not change and are in no checkpoint"""
     rates: Mapping[str, NotNegative] = dataclasses.field(default_factory=dict)

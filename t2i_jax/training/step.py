@@ -47,6 +47,7 @@ def make_step(
     accumulate: int = 1,
     ema: float = 0.0,
     spike: float = 0.0,
+    fixed: tuple[str, ...] = (),
 ) -> Callable[[TrainState, Frozen, dict[str, Array]], tuple[TrainState, Metrics]]:
     """A pure function (state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
 
@@ -57,6 +58,7 @@ def make_step(
     accumulate: number of parts that the batch is split into and processed in sequence, before one update.
     ema: decay of the parameter average; `a <- ema a + (1 - ema) p`, with the usual ramp `(1 + n) / (10 + n)`.
     spike: a gradient norm above this multiple of its running mean is a spike; 0: no detection.
+    fixed: dotted names, or prefixes of names, of arrays of the model's state that losses may not replace.
 
     A step whose loss or gradients are not finite changes only the step count; a spike changes that and the running
     mean. Metrics report both (`finite`, `spike`) and hold the squared gradient norm per parameter and layer in `norms`.
@@ -73,6 +75,8 @@ def make_step(
         batch, base = batch | loss_inputs(frozen), base_of(frozen)
         model = lambda mine: with_masks(rebuild(abstract, {**base, **params, **mine, **carried}), apart(key))
         grads, metrics, after = {}, {}, dict(carried)
+        held = under(fixed, carried) if fixed else {}
+        free = {k: v for k, v in carried.items() if k not in held}
         shared: Named = {}
         outputs, back = None, None
         if forward is not None:
@@ -91,7 +95,7 @@ def make_step(
                 seen = batch if forward is None else batch | {"outputs": outputs}
                 output = objective.loss(model(mine), seen, key, step, True)
                 chex.assert_rank(output.loss, 0, custom_message=f"the loss of the objective '{name}'")
-                return output.loss, ({"loss": output.loss, **output.metrics}, written(output, carried))
+                return output.loss, ({"loss": output.loss, **output.metrics}, written(output, free))
 
             def gradient(mine=mine, loss=loss) -> tuple[Named, Metrics, Named]:
                 if back is None or not mine.keys() & shared.keys():

@@ -79,6 +79,7 @@ class Trainer:
             self.abstract = jax.eval_shape(lora, self.plain, jax.eval_shape(lambda: jax.random.key(0)))
         params = params_of(self.abstract)
         check_objectives(objectives, params)
+        check_paths("train.frozen", train.frozen, params | carried_of(self.abstract))
         self.objectives = without(train.frozen, objectives, params)
         check_paths("train.rates", tuple(train.rates), params)
         check_paths("train.ema_params", train.ema_params, params)
@@ -115,6 +116,7 @@ class Trainer:
                 accumulate=train.accumulate,
                 ema=train.ema,
                 spike=train.spike,
+                fixed=train.frozen,
             )
             self.init = lambda key, codec, start=None, values={}: create(
                 lambda key: self._fresh(key, codec, start, values),
