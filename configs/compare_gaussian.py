@@ -114,8 +114,8 @@ judge = Experiment(
 experiment = Comparison(
     title="Gaussian diffusion and flow matching",
     about="""
-One sentence with other words: what is noised (pixels, or the latents of a small KL autoencoder), what the network
-predicts (noise, v, velocity), which network. Each has about 2 M parameters and equal training compute.
+The models differ in what is noised (pixels, or the latents of a small KL autoencoder), in what the network predicts
+(noise, v, velocity) and in the network. Each has about 2 M parameters and equal training compute.
 """,
     runs=runs,
     reference=Experiment(runs[MAIN].model, DATA),

@@ -4,7 +4,7 @@
 set -euo pipefail
 
 usage() { # the comment at the head of the script is its help
-  sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"
+  sed -n '2,/^[^#]/{/^# shellcheck/d;/^#/s/^# \{0,1\}//p}' "$0"
   exit "${1:-2}"
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One machine with some GPUs (or none): a single process that uses them all, started again when it was stopped.
 #
-#   launch/gpu_box.sh [--dry-run] t2i train configs/quickstart.py --mesh.data=-1
+#   launch/gpu_box.sh [--dry-run] t2i train configs/glyphs_ar.py --mesh.data=-1
 #
 # GPUS=0,1 takes only these; RETRIES (10) bounds the restarts. A wrong config (status 2) is not tried again.
 # shellcheck source-path=SCRIPTDIR source=common.sh

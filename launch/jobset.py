@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A Kubernetes JobSet for a run on GKE, as YAML on standard output.
 
-    IMAGE=registry/t2i_jax launch/jobset.py NAME v5e:16x16 t2i train configs/big.py --run gs://...
+    IMAGE=registry/t2i_jax launch/jobset.py NAME v5e:16x16 t2i train configs/text_to_image.py --run gs://...
 
 The chips are written as for `t2i plan`: a TPU topology, or GPUs by their number (h100:64). A pod is a host. Variables
 of the environment say what differs between clusters:

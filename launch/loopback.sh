@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
 # Several processes on this machine that train together, as hosts of a cluster would: for trying things out.
 #
-#   launch/loopback.sh 2 4 t2i train configs/quickstart.py --mesh.data=8
+#   launch/loopback.sh [--dry-run] 2 4 t2i train configs/glyphs_ar.py --run runs/two --mesh.data=8
 #
-# starts 2 processes with 4 fake CPU devices each. `DRY_RUN=1` prints the commands instead of running them.
-set -euo pipefail
-if [ $# -lt 3 ]; then
-  sed -n '2,6p' "$0"
-  exit 2
-fi
+# starts 2 processes with 4 fake CPU devices each. PORT (29500) is where they find each other.
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "$0")/common.sh"
+[ $# -ge 3 ] || usage
 processes=$1 devices=$2
 shift 2
 for number in "$processes" "$devices"; do

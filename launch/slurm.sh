@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Slurm: a job of several nodes, one task per GPU (default) or one per node that holds all of its GPUs.
 #
-#   NODES=4 GPUS=8 launch/slurm.sh [--dry-run] t2i train configs/big.py --run /shared/runs/big
+#   NODES=4 GPUS=8 launch/slurm.sh [--dry-run] t2i train configs/text_to_image.py --run /shared/runs/big
 #
 # PER=node starts one task a node; NAME (t2i), PARTITION, ACCOUNT, TIME (24:00:00), CPUS of a node (12 a GPU), LOGS (logs).
 # The job comes back by itself: the signal before its end makes the run save, and then it is put in the queue again. So

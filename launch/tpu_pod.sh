@@ -2,7 +2,7 @@
 # A Cloud TPU VM slice, or several: the code to every worker, then the same command on all of them, again after a
 # preemption.
 #
-#   TPU=my-pod ZONE=us-east5-a launch/tpu_pod.sh [--dry-run] t2i train configs/big.py --run gs://bucket/runs/big
+#   TPU=my-pod ZONE=us-east5-a launch/tpu_pod.sh [--dry-run] t2i train configs/text_to_image.py --run gs://bucket/runs/big
 #
 # SLICES=2 or more: TPU is the queued resource that was made with --node-count=2, all of whose slices train together.
 # PROJECT names the cloud project where it is not the default; RETRIES (10) bounds the restarts. The files of this folder

@@ -412,6 +412,8 @@ def condition_of(family: Family, text: Tokenizer | None, prompts: Sequence[str])
     """
     if (label := family.condition_spec().get("label")) is not None:
         with refused("this model takes class numbers as prompts"):
+            if words := [p for p in prompts if not re.fullmatch(r"\s*[+-]?\d+\s*", p)]:
+                raise ValueError(f"{words[0]!r} is no number")
             labels = [int(p) for p in prompts]
             least, most = label.low or 0, label.high or 0
             if odd := [n for n in labels if not least <= n <= most]:

@@ -117,11 +117,11 @@ def test_options_that_are_no_numbers_are_written_into_pictures(folder, tmp_path,
         (["1", "--solver", "rk4"], "dpm++, dpm++sde, unipc"),
         (["3"], "3 is not one of 0 to 2"),
         (["-1"], ""),
-        (["cat"], "class numbers"),
+        (["cat"], "class numbers as prompts: 'cat' is no number"),
         (["1", "--classifier-scale", "1"], "--classifier"),
         (["1", "--candidates", "3"], "--rerank"),
         (["1", "--out", "gs://bucket/pictures"], "this machine alone"),
-        (["1", "--mesh", "data=3,fsdp=5"], "needs 15 devices"),
+        (["1", "--mesh", "data=3,fsdp=5"], "mesh data=3,fsdp=5,tensor=1: needs 15 devices"),
         (["1", "--mesh", "rows=3"], "rows=3"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -151,7 +151,7 @@ def test_prompts_are_the_lines_of_a_text_file(folder, tmp_path, capsys, content)
         (b"0\ncaf\xe9\n", "byte 5 (0xe9) is no UTF-8"),
         (b"\n \n", "no line but blank ones"),
         ("0\n1".encode("utf-16-le"), "UTF-16 without a byte order mark"),
-        (None, "No such file"),
+        (None, "prompts.txt: No such file"),
     ],
 )
 def test_prompts_that_cannot_be_read_are_named(folder, tmp_path, capsys, content, says):
@@ -276,6 +276,41 @@ def test_a_config_of_another_kind_is_named(tmp_path, monkeypatch, capsys, words)
     said = " ".join(capsys.readouterr().err.split())
     assert stopped.value.code == 2 and "Traceback" not in said and "other.py" in said
     assert words.startswith("evaluate") or "builds a Optimizer; an Experiment is needed" in said
+
+
+def test_modules_of_the_user_are_imported_first(tmp_path, monkeypatch, capsys):
+    """A run has a part of the user's own; a config imports a module that Python does not find."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    part = "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Part:\n    x: int = 1\n"
+    (tmp_path / "own_part_of_a_test.py").write_text(part)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"version": 1, "type": "own_part_of_a_test:Part"}')
+    assert "T2I_IMPORT=own_part_of_a_test" in refused(capsys, "train", "run")
+    monkeypatch.setenv("T2I_IMPORT", "own_part_of_a_test")
+    assert "builds a Part; an Experiment is needed" in refused(capsys, "train", "run")
+    monkeypatch.setenv("T2I_IMPORT", "not_there_at_all")
+    assert "No module named 'not_there_at_all'" in refused(capsys, "train", "run")
+    monkeypatch.delenv("T2I_IMPORT")
+    (tmp_path / "mine.py").write_text("import not_there_at_all\n")
+    assert "with PYTHONPATH=. modules of this folder" in refused(capsys, "train", "mine.py")
+
+
+@pytest.mark.parametrize(("command", "says"), [("train", "that of a released model"), ("evaluate", "name images")])
+def test_a_released_model_has_no_data_of_its_own(folder, tmp_path, monkeypatch, capsys, command, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(capsys, command, folder) and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_named_as_the_config_goes_on(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr("t2i_jax.cli.train.load_experiment", lambda path, rest: path)
+    monkeypatch.setattr("t2i_jax.cli.train.train", lambda experiment, run, accept: begun.append(run))
+    (tmp_path / "one" / "checkpoints").mkdir(parents=True)
+    for words in (["one"], ["one/config.json"], ["other/config.json"], ["a/b.py"], ["one", "--run", "two"]):
+        main(["train", str(tmp_path / words[0]), *words[1:]])
+    one = tmp_path / "one"
+    assert begun == [one, one, Path("runs/other"), Path("runs/b"), Path("two")]
 
 
 @pytest.mark.parametrize("out", [".", "/"])

@@ -195,3 +195,12 @@ def test_help_lists_every_format(capsys):
         assert format.title and format.example
         assert f"  {name}: {format.title}\n" in text and f"t2i convert {name} {format.example} --out" in text
     assert "lm:FOLDER" in text
+
+
+def test_help_of_a_format_lists_its_hints(capsys):
+    main(["convert", "llamagen", "--help"])
+    text = capsys.readouterr().out
+    assert "t2i convert llamagen c2i_L_384.pt" in text and "--head-dim (int)" in text and "maskgit" not in text
+    with pytest.raises(SystemExit):
+        main(["convert", "llamagem", "--help"])
+    assert "did you mean 'llamagen'" in capsys.readouterr().err

@@ -34,6 +34,13 @@ def test_scripts_parse(script):
     subprocess.run(["bash", "-n", script], check=True, timeout=60)
 
 
+def test_configs_of_the_examples_are_there():
+    named = {
+        name for file in (*SCRIPTS, LAUNCH / "jobset.py") for name in re.findall(r"configs/\w+\.py", file.read_text())
+    }
+    assert named and all((LAUNCH.parent / name).exists() for name in named), named
+
+
 def test_linter_is_content():
     linter = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
     if not linter:
@@ -42,10 +49,10 @@ def test_linter_is_content():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["gpu_box.sh", "gpu_check.sh", "tpu_pod.sh", "gke.sh", "slurm.sh"])
+@pytest.mark.parametrize("script", ["gpu_box.sh", "gpu_check.sh", "tpu_pod.sh", "gke.sh", "slurm.sh", "loopback.sh"])
 def test_help_tells_how_to_call(script):
     done = run(script, "--help")
-    assert done.returncode == 0 and f"launch/{script} [--dry-run]" in done.stdout
+    assert done.returncode == 0 and f"launch/{script} [--dry-run]" in done.stdout and "shellcheck" not in done.stdout
     assert run(script).returncode == 2
 
 
@@ -56,7 +63,7 @@ def test_one_box_runs_the_command_as_it_is():
 def test_processes_on_this_machine_are_counted_first():
     refused = run("loopback.sh", *COMMAND)
     assert refused.returncode == 2 and "'t2i': first come the numbers" in refused.stderr
-    assert run("loopback.sh", "2", "4", *COMMAND, DRY_RUN="1").stdout.count("JAX_PROCESS_ID") == 2
+    assert dry("loopback.sh", "2", "4", *COMMAND).count("JAX_PROCESS_ID") == 2
 
 
 def test_the_check_of_a_gpu_is_one_command_with_a_limit():

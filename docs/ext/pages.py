@@ -13,7 +13,7 @@ from docs.ext import commands, links, reach
 from docs.ext.entries import PUBLIC, docstring, entry, fields, first, link, name_of
 from t2i_jax import convert
 from t2i_jax.comparison.plan import Comparison
-from t2i_jax.convert.hints import takes
+from t2i_jax.convert.hints import kind_name, takes
 from t2i_jax.data import sources
 from t2i_jax.presets import PRESETS
 from t2i_jax.training.experiment import Experiment
@@ -182,7 +182,7 @@ def formats() -> str:
             if isinstance(made, type):
                 lines += [f"* makes: `{made.__name__}`"]
             if hints:
-                said = ", ".join(f"`--{k.replace('_', '-')}` ({_kind(v)})" for k, v in hints.items())
+                said = ", ".join(f"`--{k.replace('_', '-')}` ({kind_name(v)})" for k, v in hints.items())
                 lines += [f"* hints: {said}"]
             if form.files:
                 stems = ", ".join(f"`{s}`" + " (may be missing)" * (s in form.optional) for s in form.files)
@@ -191,12 +191,6 @@ def formats() -> str:
                 lines += ["* reads a folder with settings, and takes its codec and text encoder where it has them"]
             lines += [""]
     return _lines(*lines)
-
-
-def _kind(hint: object) -> str:
-    if isinstance(hint, type) and not typing.get_args(hint):
-        return hint.__name__
-    return str(hint).replace("typing.", "").replace("collections.abc.", "")
 
 
 def source_classes() -> list[type]:

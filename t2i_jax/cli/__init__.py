@@ -42,6 +42,9 @@ COMMANDS = {
 TOGETHER = ("train", "encode", "sample", "evaluate", "compare", "bench train", "data neighbours")
 """Commands that several processes run together where there is a cluster; the others work in each alone."""
 
+OWN = "T2I_IMPORT"
+"""Variable of the environment with modules to import first, joined by commas: those of a user's own parts."""
+
 USAGE = "usage: t2i COMMAND ...\n\n" + "\n".join(f"  {k:10}{v}" for k, v in COMMANDS.items())
 USAGE += "\n\n`t2i COMMAND --help` lists all arguments; for example\n  t2i sample runs/quickstart/model 'a red heart'\n"
 
@@ -83,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         together = {arguments[0], " ".join(arguments[:2])} & set(TOGETHER)
         prepare(join=bool(together) and not {"-h", "--help"} & set(arguments))
+        for module in filter(None, os.environ.get(OWN, "").split(",")):
+            importlib.import_module(module)
         importlib.import_module(f"t2i_jax.cli.{arguments[0]}").run(arguments[1:])
     except (NotWritten, PeerLost) as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -92,8 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             os._exit(STATUS)
         os._exit(2)
-    except (ConfigError, DataError, CheckpointError, NoCluster, NotFinite, ImportError, OSError) as error:
+    except (ConfigError, DataError, CheckpointError, NoCluster, NotFinite, ImportError) as error:
         fail(f"t2i {arguments[0]}: {error}")
+    except OSError as error:
+        named = error.filename is not None and error.strerror and not error.filename2
+        fail(f"t2i {arguments[0]}: " + (f"{error.filename}: {error.strerror}" if named else str(error)))
     except ValueError as error:
         if not str(error).startswith("embedded null"):  # Python's error for such a path, whatever opens it
             raise

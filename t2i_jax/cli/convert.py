@@ -57,10 +57,15 @@ class ConvertArguments:
 
 
 def run(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments) and not arguments[0].startswith("-"):
+        print(folders.help_of(arguments[0]) + "\n\n`t2i convert --help` lists all formats and flags")
+        return
     if not arguments or {"-h", "--help"} & set(arguments):
         print("usage: t2i convert FORMAT WEIGHTS --out DIR [--codec DIR] [--text KIND:FOLDER] [hints]")
         print("       t2i convert FORMAT DIR --back --out FILE.safetensors\n\n" + str(ConvertArguments.__doc__))
-        print("formats, each with an example:\n" + folders.help_text())
+        print(
+            "formats, each with an example; t2i convert FORMAT --help lists the hints of one:\n" + folders.help_text()
+        )
         sys.exit(0 if arguments else 2)
     args, rest = parse_some(ConvertArguments, arguments, "t2i convert")
     local(args.out)

@@ -40,6 +40,7 @@ KINDS = {
     "neighbours": "embed the records of a config for models that retrieve, and find the nearest of each",
 }
 USAGE = f"usage: t2i data {{{','.join(KINDS)}}} ...\n\n" + "\n".join(f"  {k:12}{v}" for k, v in KINDS.items())
+USAGE += "\n\nExample: t2i data look photos/ --out looks/photos"
 
 
 @dataclasses.dataclass(frozen=True)

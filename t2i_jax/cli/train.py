@@ -25,9 +25,17 @@ class TrainArguments:
 
     config: tyro.conf.Positional[Path]
     run: Path | None = None
-    """run folder; runs/NAME of the config file unless given"""
+    """run folder; unless given, that of the config where it is a run itself, else runs/NAME of the config file"""
     accept_changes: bool = False
     """go on with a config that is not that of the run so far; `history.jsonl` keeps what has changed, and when"""
+
+
+def _home(path: Path) -> Path:
+    """The run whose config a path is, or a new one by the name of the config file."""
+    folder = path.parent if path.suffix == ".json" else path
+    if (folder / "checkpoints").is_dir():
+        return folder
+    return Path("runs") / (folder.name if path.suffix == ".json" else path.stem)
 
 
 def run(arguments: list[str]) -> None:
@@ -35,7 +43,7 @@ def run(arguments: list[str]) -> None:
         config.load(arguments[0], ["--help"])
     args, rest = parse_some(TrainArguments, arguments, "t2i train")
     experiment = load_experiment(args.config, rest)
-    run = args.run or Path("runs") / (args.config.parent.name if args.config.suffix == ".json" else args.config.stem)
+    run = args.run or _home(args.config)
     train(experiment, run, args.accept_changes)
     if jax.process_index() == 0:
         console.print(f"{run}: done; metrics.jsonl, samples/ and checkpoints/ are there", soft_wrap=True)

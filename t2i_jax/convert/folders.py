@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from t2i_jax import convert
-from t2i_jax.convert.hints import check_fields, check_values, text_of, unknown
+from t2i_jax.convert.hints import check_fields, check_values, kind_name, takes, text_of, unknown
 from t2i_jax.convert.hints import value as value_of
 from t2i_jax.core.conditions import Tokenizer
 from t2i_jax.core.config import ConfigError, refused
@@ -215,6 +215,16 @@ def help_text() -> str:
     lines = []
     for name, format in sorted(convert.formats().items()):
         lines += [f"  {name}: {format.title}", " " * 8 + f"t2i convert {name} {format.example} --out models/{name}"]
+    return "\n".join(lines)
+
+
+def help_of(name: str) -> str:
+    """What one format is, an example, and its hints. Errors: `ConfigError` where there is no such format."""
+    format = convert.find(name)
+    lines = [f"{name}: {format.title}", f"  t2i convert {name} {format.example} --out models/{name}"]
+    if hints := takes(format):
+        said = (f"--{key.replace('_', '-')} ({kind_name(kind)})" for key, kind in hints.items())
+        lines += ["hints, which have the released values unless given: " + ", ".join(said)]
     return "\n".join(lines)
 
 

@@ -59,6 +59,13 @@ def takes(format: Format) -> Fields:
     return {p.name: p.annotation for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def kind_name(kind: object) -> str:
+    """The kind of a hint, in few words."""
+    if isinstance(kind, type) and not typing.get_args(kind):
+        return kind.__name__
+    return str(kind).replace("typing.", "").replace("collections.abc.", "")
+
+
 def unknown(name: str, format: Format, key: str) -> str:
     """The error of a hint that a format does not take, with the nearest that it takes."""
     made = inspect.signature(format.describe, eval_str=True).return_annotation
@@ -91,8 +98,7 @@ def check_values(kind: type, values: Mapping[str, object]) -> None:
 
 def _check(said: str, value: object, kind: object) -> None:
     if not suits(value, kind):
-        wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        raise ConfigError(f"{said}: {value!r} is not of the kind {wanted}")
+        raise ConfigError(f"{said}: {value!r} is not of the kind {kind_name(kind)}")
 
 
 def suits(value: object, kind: object) -> bool:

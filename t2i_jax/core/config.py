@@ -67,6 +67,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> object:
     if path.suffix not in (".py", ".json"):
         raise ConfigError(f"{path}: a config is a Python file, or the config.json of a run")
     experiment = read_stored(path) if path.suffix == ".json" else _run_file(path)
+    if path.suffix == ".json" and isinstance(experiment, dict):
+        raise ConfigError(f"{path}: is that of a released model, which has no data and no training, and not of a run")
     if not dataclasses.is_dataclass(experiment) or isinstance(experiment, type):
         raise ConfigError(f"{path}: must build a dataclass value named `experiment`")
     return override(experiment, overrides) if overrides else experiment
@@ -124,6 +126,8 @@ def _run_file(path: Path) -> object:
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         near = _nearest_field(error) if isinstance(error, TypeError) else ""
+        if isinstance(error, ModuleNotFoundError):
+            near = "; with PYTHONPATH=. modules of this folder are found"
         at = f", line {frames[-1]}" if frames else ""
         raise ConfigError(f"{path}{at}: {kind}{error}{near}") from error
 
@@ -300,7 +304,10 @@ def from_json(value: Json) -> object:
         return fields
     module, _, name = str(value["type"]).partition(":")
     if not (module.startswith("t2i_jax.") or module in sys.modules):
-        raise ConfigError(f'config names the class "{value["type"]}": import its module before you load this config')
+        raise ConfigError(
+            f'config names the class "{value["type"]}": import its module before you load this config; '
+            f"a command does so with T2I_IMPORT={module} before it"
+        )
     # A stored class is known by its name alone.
     cls = getattr(importlib.import_module(module), name, None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):

@@ -73,6 +73,9 @@ class MeshConfig(Checked):
     tensor: Annotated[int, Range(-1, LARGEST)] = 1
     """parts of every matrix that is computed with where it is"""
 
+    def __str__(self) -> str:
+        return f"data={self.data},fsdp={self.fsdp},tensor={self.tensor}"
+
     def build(self, devices: Sequence[Device] | None = None) -> Mesh:
         """The mesh over all devices of all processes (or over `devices`)."""
         whole = devices is None

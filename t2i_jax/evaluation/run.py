@@ -68,9 +68,12 @@ def evaluate_folder(
     batch_size = min(batch_size, count)
     own_mesh = MeshConfig()
     if reference is None:
-        stored = config.load(folder)
+        stored = config.read_stored(folder / "config.json") if (folder / "config.json").exists() else None
         if not isinstance(stored, Experiment):
-            raise ConfigError(f"{folder} is a released model: name images to compare with: --data CONFIG or a data set")
+            raise ConfigError(
+                f"{folder} is no run of this machine, which would have data of its own: "
+                "name images to compare with: --data CONFIG or a data set"
+            )
         reference, own_mesh = stored.data, stored.mesh
     with config.refused("--spaces"):
         loaded = [space_of(name).load() for name in spaces]
