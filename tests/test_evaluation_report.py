@@ -56,15 +56,17 @@ def test_reconstruction():
 
 def test_report_on_disk(tmp_path):
     numbers = {"psnr": Number(23.456789, "higher", {"flat colour": 12.0}), "frechet": Number(12345.678, "lower")}
+    numbers["top1"] = Number(0.97, "higher", {"chance": 0.01}, (0.91549, 0.98972))
     report = Report("Codec", numbers, {"images": 20})
     report.save(tmp_path / "new" / "report.json")
     written = json.loads((tmp_path / "new" / "report.json").read_text())
     assert written["numbers"]["psnr"] == {"value": 23.456789, "better": "higher", "flat colour": 12.0}
-    assert written["facts"] == {"images": 20}
+    assert written["numbers"]["top1"]["interval"] == [0.9155, 0.9897] and written["facts"] == {"images": 20}
     markdown = (tmp_path / "new" / "report.md").read_text()
     assert "| psnr ↑ | 23.46 | flat colour 12 |" in markdown and "| frechet ↓ | 12,346 |  |" in markdown
+    assert "| top1 ↑ | 0.97 (0.9155 to 0.9897) | chance 0.01 |" in markdown
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.json", "report.md"]
-    assert report.table().row_count == 2
+    assert report.table().row_count == 3
 
 
 def test_wrong_arguments_are_named():

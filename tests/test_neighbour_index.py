@@ -15,6 +15,7 @@ from t2i_jax.core.config import to_json
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.data import ArrayRecord, Data, write_records
+from t2i_jax.evaluation.alignment import wilson
 from t2i_jax.evaluation.embedders import load_embedder
 from t2i_jax.evaluation.neighbours import (
     approximate,
@@ -25,7 +26,7 @@ from t2i_jax.evaluation.neighbours import (
     without_itself,
     write_neighbours,
 )
-from t2i_jax.evaluation.probe import Probe, nearest_distances, wilson
+from t2i_jax.evaluation.probe import Probe, nearest_distances
 from t2i_jax.nn.layers import Linear
 from t2i_jax.nn.search import EmbeddingTable, search
 from t2i_jax.text.index import Index, read_index, weights_digest

@@ -1,6 +1,7 @@
 """Does an image show its prompt? Retrieval of the true concept or caption among others."""
 
 import dataclasses
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -22,6 +23,10 @@ class Retrieval:
         """Share of queries whose truth is among the first k."""
         return float((self.ranks <= k).mean())
 
+    def interval(self, k: int) -> tuple[float, float]:
+        """The interval of 95 % of `top(k)`, as of other queries of the same kind."""
+        return wilson(int((self.ranks <= k).sum()), len(self.ranks))
+
     @property
     def median(self) -> float:
         return float(np.median(self.ranks))
@@ -33,6 +38,14 @@ class Retrieval:
     @property
     def median_by_chance(self) -> float:
         return (self.choices + 1) / 2
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share (Wilson 1927), of 95 % unless z says otherwise."""
+    share, extra = hits / count, z * z / count
+    middle = (share + extra / 2) / (1 + extra)
+    reach = z / (1 + extra) * math.sqrt(share * (1 - share) / count + extra / (4 * count))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def retrieve(

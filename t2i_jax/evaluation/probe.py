@@ -9,7 +9,6 @@ how often each folder's images are of each kind.
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from t2i_jax.core.outputs import check_free, local, write_json
 from t2i_jax.data.images import open_image
 from t2i_jax.data.records import DataError
 from t2i_jax.data.transforms import to_square
+from t2i_jax.evaluation.alignment import wilson
 from t2i_jax.evaluation.features import Space, images_of, space_of
 from t2i_jax.evaluation.metrics import blocks, distances
 from t2i_jax.evaluation.neighbours import images_in
@@ -64,14 +64,6 @@ class Probe:
         """The class of each row (n, d)."""
         scores = (features - self.mean) / self.std @ self.weights[:-1] + self.weights[-1]
         return [self.classes[i] for i in scores.argmax(1)]
-
-
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share (Wilson 1927), of 95 % unless z says otherwise."""
-    share, extra = hits / count, z * z / count
-    middle = (share + extra / 2) / (1 + extra)
-    reach = z / (1 + extra) * math.sqrt(share * (1 - share) / count + extra / (4 * count))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 @typed

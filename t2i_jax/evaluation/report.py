@@ -35,6 +35,15 @@ class Number:
     value: float
     better: Literal["higher", "lower"] = "higher"
     baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    interval: tuple[float, float] | None = None
+    """of 95 %, where the value is a share"""
+
+    def to_json(self) -> dict:
+        interval = {} if self.interval is None else {"interval": [round(x, 4) for x in self.interval]}
+        return {"value": self.value, "better": self.better, **interval, **self.baselines}
+
+    def __str__(self) -> str:
+        return digits(self.value) + ("" if self.interval is None else f" ({' to '.join(map(digits, self.interval))})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Report:
     facts: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict:
-        numbers = {k: {"value": n.value, "better": n.better, **n.baselines} for k, n in self.numbers.items()}
+        numbers = {k: n.to_json() for k, n in self.numbers.items()}
         return {"title": self.title, "facts": dict(self.facts), "numbers": numbers}
 
     def save(self, path: str | os.PathLike) -> None:
@@ -57,7 +66,7 @@ class Report:
     def rows(self) -> list[tuple[str, str, str]]:
         sign = {"higher": "↑", "lower": "↓"}
         baselines = lambda n: ", ".join(f"{name} {digits(v)}" for name, v in n.baselines.items())
-        return [(f"{name} {sign[n.better]}", digits(n.value), baselines(n)) for name, n in self.numbers.items()]
+        return [(f"{name} {sign[n.better]}", str(n), baselines(n)) for name, n in self.numbers.items()]
 
     def table(self) -> Table:
         """For a rich console."""
@@ -157,8 +166,8 @@ def aligned(found: Retrieval, **real: Retrieval) -> dict[str, Number]:
     top = lambda k: {name: r.top(k) for name, r in real.items()} | {"chance": found.chance(k)}
     median = {name: r.median for name, r in real.items()} | {"chance": found.median_by_chance}
     return {
-        "top1": Number(found.top(1), "higher", top(1)),
-        "top5": Number(found.top(5), "higher", top(5)),
+        "top1": Number(found.top(1), "higher", top(1), found.interval(1)),
+        "top5": Number(found.top(5), "higher", top(5), found.interval(5)),
         "median_rank": Number(found.median, "lower", median),
     }
 
