@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.fields import Checked
 from t2i_jax.core.params import abstract, named, rebuild
-from t2i_jax.core.sharding import MeshConfig
+from t2i_jax.core.sharding import MeshConfig, shardings
 from t2i_jax.data import ArrayRecord, Data, write_records
 from t2i_jax.models.diffusion import Diffusion, _sample
 from t2i_jax.networks.condition import CrossAttnFeatures
@@ -281,6 +282,23 @@ def test_a_record_is_no_neighbour_of_itself(tmp_path):
     empty = jnp.zeros((1, WORDS, WIDTH)), jnp.zeros((1, WORDS), bool)
     none = experiment.text.neighbours_of(trainer.frozen["text"], *empty)
     assert not none["neighbour_mask"].any()  # an empty caption has none
+
+
+def test_a_database_is_split_over_devices_and_finds_the_same(tmp_path):
+    text = experiment_of(tmp_path)[0].text
+    index(tmp_path, "pairs", "--pairs")
+    model, (ids, mask) = text.load(), text([*NAMES])
+    asked = text.features(model, ids, mask), jnp.asarray(mask), jnp.arange(8)
+    alone = jax.jit(text.neighbours_of)(model, *asked)
+    mesh = MeshConfig(2, 2, 2).build()
+    with jax.set_mesh(mesh):
+        split = jax.device_put(model, shardings(model, mesh))
+        run = jax.jit(text.neighbours_of).lower(split, *asked).compile()
+        found = run(split, *asked)
+    assert {s.data.shape[0] for s in split.images[...].addressable_shards} == {len(model.images[...]) // 8}
+    assert not re.search(r"u8\[256,[^=]*all-gather", run.as_text())  # no device has all images
+    for name, x in alone.items():
+        np.testing.assert_array_equal(x, found[name])
 
 
 def test_databases_that_do_not_fit_are_refused(tmp_path):

@@ -101,6 +101,11 @@ def is_index(path: str | Path) -> bool:
     return (Path(path) / FACTS).is_file()
 
 
+def read_facts(path: str | Path) -> Mapping[str, object]:
+    """What an index is of, without its embeddings."""
+    return read_json(Path(path) / FACTS)
+
+
 def parts_of(path: str | Path, kind: str = "embeddings") -> list[Path]:
     """The files of an index, in their order."""
     return sorted(Path(path).glob(f"{kind}-*-of-*.safetensors"))
@@ -111,7 +116,7 @@ def read_index(path: str | Path) -> Index:
     if not is_index(path):
         rows = read_database(path)
         return Index(rows, np.arange(len(rows)))
-    facts, files = read_json(Path(path) / FACTS), parts_of(path)
+    facts, files = read_facts(path), parts_of(path)
     if not isinstance(version := facts.get("version"), int) or version > VERSION:
         raise ConfigError(f"{path}: version {version} of an index; this program reads versions up to {VERSION}")
     if len(files) != facts.get("files"):

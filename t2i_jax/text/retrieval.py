@@ -27,7 +27,7 @@ from t2i_jax.nn.layers import ModelState, unit
 from t2i_jax.nn.search import SPLIT, EmbeddingTable, search
 from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.text.cut import LimitedEncoder
-from t2i_jax.text.index import Index, read_index, read_pairs
+from t2i_jax.text.index import Index, read_facts, read_index, read_pairs
 
 
 @typed
@@ -200,13 +200,13 @@ class NeighbourPairs(Checked, LimitedEncoder):
 
     def check_records(self, records: Mapping[str, int | str]) -> None:
         """Errors: `ConfigError` where `own` is set and the database is not of the training records that are known."""
-        work = read_index(self.database).facts.get("work")
+        work = read_facts(self.database).get("work")
         made = {k: work.get(k) for k in ("split", *records)} if isinstance(work, dict) else {}
-        if self.own and made != {"split": "train", **records}:
+        data = {"split": "train", **records}
+        if self.own and made != data:
             raise ConfigError(
-                f"{self.database}: is not of the training records ({made.get('records')} of the split "
-                f"'{made.get('split')}'; the data have {records.get('records')}), which are left out of it by their "
-                "number; set own=False for other records, or make it anew of these"
+                f"{self.database}: is not of the training records, which are left out of it by their number: it is of "
+                f"{made}, the data are {data}; make it anew of these, or set own=False for other records"
             )
 
     def features(self, model: PairTable, ids: Array, mask: Array) -> Array:
