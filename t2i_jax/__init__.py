@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from t2i_jax.networks.dit import DiT as DiT
     from t2i_jax.networks.imagen import AttentionPooledFeatures as AttentionPooledFeatures
     from t2i_jax.networks.local import LocalTransformer as LocalTransformer
+    from t2i_jax.networks.neighbours import NeighbourMaps as NeighbourMaps
     from t2i_jax.networks.one_stage import OneStage as OneStage
     from t2i_jax.networks.one_way import OneWay as OneWay
     from t2i_jax.networks.prior import EmbeddingPrior as EmbeddingPrior
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from t2i_jax.text.damsm import CaptionWords as CaptionWords
     from t2i_jax.text.damsm import DamsmText as DamsmText
     from t2i_jax.text.minilm import MiniLM as MiniLM
+    from t2i_jax.text.retrieval import NeighbourPairs as NeighbourPairs
     from t2i_jax.text.retrieval import Neighbours as Neighbours
     from t2i_jax.text.sentencepiece import SentencePiece as SentencePiece
     from t2i_jax.text.t5 import T5 as T5
@@ -137,6 +139,7 @@ _PUBLIC = {
     "networks.dit": "DiT",
     "networks.imagen": "AttentionPooledFeatures",
     "networks.local": "LocalTransformer",
+    "networks.neighbours": "NeighbourMaps",
     "networks.one_stage": "OneStage",
     "networks.one_way": "OneWay",
     "networks.staged_generator": "StagedGenerator",
@@ -154,7 +157,7 @@ _PUBLIC = {
     "text.clip": "ClipCaption ClipEmbedding ClipText",
     "text.damsm": "CaptionWords DamsmText",
     "text.minilm": "MiniLM",
-    "text.retrieval": "Neighbours",
+    "text.retrieval": "NeighbourPairs Neighbours",
     "text.sentencepiece": "SentencePiece",
     "text.t5": "T5",
     "training.experiment": "Experiment Train",

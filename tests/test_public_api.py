@@ -73,6 +73,8 @@ NAMES = {
     "MiniLM",
     "Mixture",
     "MixtureHead",
+    "NeighbourMaps",
+    "NeighbourPairs",
     "Neighbours",
     "OneStage",
     "OneWay",

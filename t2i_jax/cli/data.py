@@ -112,6 +112,8 @@ class NeighboursArguments(Checked):
     of: Literal["images", "captions"] = "images"
     count: Annotated[int, Range(0, 10_000)] = 0
     """neighbours of each record to write, without itself, and to show in OUT/neighbours.png; 0: none"""
+    pairs: bool = False
+    """also write the images and a caption of each record, for models that read both: OUT/pairs-*.safetensors"""
     images: Path | None = None
     """a folder of images, as of `t2i sample`: their nearest records, `count` or else 5, in OUT/nearest-FOLDER.png and
     .json"""
@@ -228,8 +230,11 @@ def neighbours(arguments: list[str]) -> None:
     embedder = load_embedder(args.encoder, experiment.text, args.of, own_mesh(experiment.mesh), args.batch_size)
     index = made.build_index(experiment, embedder, out, args.split, args.block)
     console.print(made.facts_line(index, out), soft_wrap=True, highlight=False)
-    if jax.process_index() > 0 or not (args.count or args.images):
+    if jax.process_index() > 0 or not (args.count or args.images or args.pairs):
         return
+    if args.pairs:
+        made.write_pairs(index, experiment.data, args.split, out)
+        console.print(f"{out}: images and captions of its records, too", soft_wrap=True, highlight=False)
     find = made.searcher(index, experiment, args.search)
     if args.search != "exact":
         share = made.recall(index, made.searcher(index, experiment), find, min(args.count or 5, len(index.rows)))

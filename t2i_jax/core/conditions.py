@@ -49,6 +49,8 @@ class TextSpec:
     of its caption"""
     retrieves: bool = False
     """`text.retrieval.Neighbours`: reads a database of embeddings, in whose place there may be another"""
+    neighbours: bool = False
+    """`NeighbourRetriever`: also gives images with captions that are near to a caption"""
     limited: bool = False
     """`text.cut.Limited`: counts the tokens of a caption that are cut off"""
 
@@ -76,6 +78,24 @@ class ImageTextEncoder(TextEncoder[M], Protocol):
     def image_features(self, model: M, images: Array) -> Array:
         """Images float (b, i, j, 3) in [-1, 1] -> features (b, s', k) that replace those of captions, or an embedding
         (b, k) besides them."""
+        ...
+
+
+class NeighbourRetriever(TextEncoder[M], Protocol):
+    """A frozen text encoder with a database of images and their captions."""
+
+    def neighbours_of(self, model: M, features: Array, mask: Array, record: Array | None = None) -> dict[str, Array]:
+        """The neighbours of captions, by features (b, s', k) and mask of each: `neighbour_image` float (b, n, i, j, 3)
+        in [-1, 1], `neighbour_features` and `neighbour_text_mask` of their captions, and `neighbour_mask` bool (b, n).
+
+        record: numbers (b,) of the records that the captions are of, which are no neighbours of themselves; -1: of
+        none.
+        """
+        ...
+
+    def check_records(self, records: Mapping[str, int | str]) -> None:
+        """Errors: `ConfigError` where numbers of training records, of which these are known, do not name the same ones
+        in the database."""
         ...
 
 

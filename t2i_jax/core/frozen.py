@@ -8,7 +8,15 @@ import jax
 from jax import Array
 
 from t2i_jax.core.conditions import Tokenizer
-from t2i_jax.core.narrow import embeds_images, gives_features, image_text_encoder, learns_from_images, text_encoder
+from t2i_jax.core.narrow import (
+    embeds_images,
+    gives_features,
+    image_text_encoder,
+    learns_from_images,
+    neighbour_retriever,
+    retrieves_neighbours,
+    text_encoder,
+)
 from t2i_jax.core.specs import BatchSpec
 from t2i_jax.core.types import Codec
 
@@ -34,12 +42,23 @@ def with_features(text: Tokenizer | None, frozen: Frozen, batch: dict[str, Array
     if embeds_images(text) and "image" in batch and "image_features" not in batch:
         embedding = image_text_encoder(text).image_features(frozen["text"], batch["image"])
         batch = batch | {"image_features": embedding}
-    if "features" in batch or not gives_features(text):
+    if not gives_features(text):
         return batch
+    if "features" in batch:
+        return with_neighbours(text, frozen, batch)
     if "image" in batch and learns_from_images(text):
         features = image_text_encoder(text).image_features(frozen["text"], batch["image"])
     elif "text" in batch:
         features = text_encoder(text).features(frozen["text"], batch["text"], batch["text_mask"])
     else:
         return batch
-    return batch | {"features": features}
+    return with_neighbours(text, frozen, batch | {"features": features})
+
+
+def with_neighbours(text: Tokenizer | None, frozen: Frozen, batch: dict[str, Array]) -> dict[str, Array]:
+    """A batch with features of captions and with the neighbours of these, if the text retrieves them and the batch has
+    none. `record` of the batch, if any, numbers the records that are not their own neighbours."""
+    if not retrieves_neighbours(text) or "neighbour_image" in batch or "text_mask" not in batch:
+        return batch
+    own = batch["features"], batch["text_mask"], batch.get("record")
+    return batch | neighbour_retriever(text).neighbours_of(frozen["text"], *own)

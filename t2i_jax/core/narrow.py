@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import cast
 
-from t2i_jax.core.conditions import ImageTextEncoder, TextEncoder, TextSpec, Tokenizer
+from t2i_jax.core.conditions import ImageTextEncoder, NeighbourRetriever, TextEncoder, TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.types import (
     AnySize,
@@ -207,6 +207,18 @@ def image_text_encoder(text: Tokenizer | None) -> ImageTextEncoder:
     if not learns_from_images(text) and not embeds_images(text):
         raise ConfigError(f"{_named(text)} gives no features of images: an encoder of both is wanted, as ClipEmbedding")
     return cast(ImageTextEncoder, text)
+
+
+def retrieves_neighbours(text: Tokenizer | None) -> bool:
+    """Whether a text also gives images with captions that are near to a caption."""
+    return text is not None and text.spec.neighbours
+
+
+def neighbour_retriever(text: Tokenizer | None) -> NeighbourRetriever:
+    """Narrow to `NeighbourRetriever`. Errors: `ConfigError` for a text without a database of images and captions."""
+    if not retrieves_neighbours(text):
+        raise ConfigError(f"{_named(text)} gives no images with captions: NeighbourPairs does")
+    return cast(NeighbourRetriever, text)
 
 
 def _named(text: Tokenizer | None) -> str:

@@ -105,6 +105,8 @@ SOURCES = {
     "null_features": "the same encoder, from an empty caption",
     "image_features": "an encoder of captions and images (`text` of the experiment), or the prior of unCLIP",
     "similarity": "unCLIP, from the embeddings of caption and image",
+    "neighbour_image": "a text that retrieves images with captions (`text` of the experiment: NeighbourPairs)",
+    "neighbour_features": "the same text, from the captions of neighbours",
     "prefix": "the caller: the first tokens of the sequence",
     "crop": "a data source with images, or what `t2i encode` has written of them",
     "low_res": "the caller: the small image to enlarge; or `upscale` of the model makes it of the image, or training "

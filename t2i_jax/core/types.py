@@ -164,6 +164,9 @@ class Capabilities:
     """has learned an unconditional branch, which `sample` guides by unless `guided` is False"""
     guidance: bool = False
     """the options have a scale `guidance`, and `sample` takes `guided`: False skips the unconditional branch"""
+    neighbours: bool = False
+    """reads images with captions near to the prompt, with regard to which its options have a scale
+    `neighbour_guidance`"""
     token_by_token: bool = False
     """`TokenByToken`: samples with a key-value cache, one token per step"""
     likelihood: bool = False

@@ -337,7 +337,10 @@ class _Examples:
             record: Record = {}
             try:
                 record = self.reader[i]
-                return _Made(self.example(record, np.random.default_rng((self.data.seed, g)), shape), faults, small)
+                arrays = self.example(record, np.random.default_rng((self.data.seed, g)), shape)
+                if self.spec is not None and "record" in self.spec:
+                    arrays["record"] = np.asarray(i if self.augment else -1, np.int32)  # numbers are of one split
+                return _Made(arrays, faults, small)
             except _Unusable as stop:
                 raise (stop.__cause__ or stop) from None
             except Exception as error:  # any error of a library over a damaged file

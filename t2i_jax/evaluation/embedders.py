@@ -28,7 +28,7 @@ from t2i_jax.storage.artifacts import on_host
 from t2i_jax.text.clip import ClipEmbedding
 from t2i_jax.text.index import weights_digest
 from t2i_jax.text.minilm import MiniLM
-from t2i_jax.text.retrieval import Neighbours
+from t2i_jax.text.retrieval import NeighbourPairs, Neighbours, mean_vector
 
 Of = Literal["images", "captions"]
 
@@ -62,7 +62,7 @@ class Embedder:
 
 def load_embedder(words: str, text: Tokenizer | None, of: Of, mesh: Mesh, batch_size: int) -> Embedder:
     """The encoder that `words` name: a feature space (`efficientnet_lite0`, `pixels`, `inception:FILE`), `minilm`, a
-    text side as of `text_side`, or with none that of a config, `text`, and of `Neighbours` its CLIP.
+    text side as of `text_side`, or with none that of a config, `text`, and of one that retrieves its encoder.
 
     Errors: `ConfigError` for other words, and for an encoder that does not read images or captions, as `of` says.
     """
@@ -75,6 +75,7 @@ def load_embedder(words: str, text: Tokenizer | None, of: Of, mesh: Mesh, batch_
             return _of_space(space_of(words), batch_size)
     chosen = MiniLM(pooled=True) if words == "minilm" else text_side(words, "--encoder") if words else text
     chosen = chosen.clip if isinstance(chosen, Neighbours) else chosen
+    chosen = chosen.text if isinstance(chosen, NeighbourPairs) else chosen
     sees = learns_from_images(chosen) or embeds_images(chosen)
     if not gives_features(chosen) or (of == "images" and not sees):
         kind = "no text" if chosen is None else f"a {type(chosen).__name__}"
@@ -117,6 +118,4 @@ def _of_captions(text: TextEncoder, model: nnx.Module, ids: Array, mask: Array) 
     """The vector of a caption, or the mean of those of its tokens."""
     if isinstance(text, ClipEmbedding):
         return text.embed_captions(cast(CLIPNetwork, model), ids)
-    found = text.features(model, ids, mask)
-    counts = (mask if mask.shape[1] == found.shape[1] else jnp.ones(found.shape[:2]))[..., None]
-    return (found * counts).sum(1) / jnp.maximum(counts.sum(1), 1)
+    return mean_vector(text.features(model, ids, mask), mask)

@@ -6,6 +6,7 @@ goes on with the missing ones, on any number of processes.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -210,6 +211,32 @@ def write_neighbours(index: Index, out: Path, find: Search, count: int, how: How
                 with whole_file(target) as temporary:
                     save_file({"record": index.records[found], "cosine": cosines}, temporary, metadata=about)
             progress.advance(task, len(rows))
+
+
+def write_pairs(index: Index, data: Data, split: str, out: Path) -> None:
+    """The images of the records of an index and a caption of each, the first: `pairs-*.safetensors`, for texts that
+    read both (`text.index.read_pairs`). Files that are there are kept.
+
+    Errors: `ConfigError` for records without images, `DataError` for one that can no longer be read.
+    """
+    examples, first = data.with_shapes().examples(split), 0
+    with bar() as progress:
+        task = progress.add_task("images and captions", total=len(index.rows))
+        for path in parts_of(out):
+            with safe_open(path, "np") as file:
+                records = index.records[first : (first := first + file.get_slice("embedding").get_shape()[0])]
+            target = path.with_name(path.name.replace("embeddings", "pairs"))
+            if not target.exists():
+                found = dict(examples.numbered(int(records.min()), int(records.max()) + 1, data.threads))
+                if lost := [i for i in records if i not in found]:
+                    raise DataError(f"{out}: record {lost[0]} of the index cannot be read any more")
+                if any("image" not in found[i] for i in records):
+                    raise ConfigError(f"{out}: --pairs: the records have no images; name data that are not encoded")
+                captions = [next(iter(found[i].get("captions") or ()), "") for i in records]
+                with whole_file(target) as temporary:
+                    arrays = {"record": records, "image": np.stack([found[i]["image"] for i in records])}
+                    save_file(arrays, temporary, metadata={"captions": json.dumps(captions), "made_by": MAKER})
+            progress.advance(task, len(records))
 
 
 def without_itself(cosines: np.ndarray, found: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ from t2i_jax.core.conditions import Batch, Condition
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
 from t2i_jax.core.fields import FREE, Count, NotNegative, Positive, Share
+from t2i_jax.core.keys import apart
 from t2i_jax.core.noise import NoiseProcess, Predicts
 from t2i_jax.core.params import Named
 from t2i_jax.core.sharding import shard
@@ -99,6 +100,9 @@ class Diffusion(BaseFamily[DiffusionSampler]):
                 "where it says nothing of the image; predict 'v' or 'velocity'"
             )
 
+        clean = isinstance(self.process, Discrete) and self.sample_spec().kind == "pixels"
+        if self.network.neighbours is not None and not clean:
+            raise ConfigError("neighbours: of models of pixels, and of a Discrete process, whose time 0 is the image")
         if self.upscale and self.network.low_res_channels:
             raise ConfigError(f"upscale {self.upscale}: of pixels; low_res_channels are of latents, by their codec")
         levels, process = self.network.noise_levels, self.low_res_process
@@ -130,11 +134,13 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     @property
     def capabilities(self) -> Capabilities:
         """Supported features beyond training."""
+        neighbours = self.network.neighbours
         several = math.prod(self.grid) > 1  # of one position, an embedding, no part can be kept
         return Capabilities(
             family=True,
-            unconditional=self.condition_dropout > 0,
+            unconditional=self.condition_dropout > 0 and (neighbours is None or neighbours.dropout > 0),
             guidance=True,
+            neighbours=neighbours is not None,
             inpaint=several,
             init_image=several,
             super_resolution=self.is_super_resolution,
@@ -166,7 +172,8 @@ class Diffusion(BaseFamily[DiffusionSampler]):
             "low_res": {"low_res": FieldSpec((None, None, small), "float32")},
         }
         extra = {k: v for name in self.network.extra_inputs for k, v in further[name].items()}
-        return {**self.condition.batch_spec(), **extra}
+        neighbours = self.network.neighbour_spec() if isinstance(self.network, UNet) else {}
+        return {**self.condition.batch_spec(), **extra, **neighbours}
 
     def batch_spec(self) -> BatchSpec:
         """Fields of a training batch: `codes` (latents) or `image`, what `sample` reads, and the noise level of
@@ -181,6 +188,8 @@ class Diffusion(BaseFamily[DiffusionSampler]):
     def check(self, options: DiffusionSampler) -> None:
         """Errors: ValueError for options that cannot be sampled with."""
         options.check(self.process.max_steps)
+        if self.network.neighbours is None:
+            options.check_default("a model that reads no neighbours", "neighbour_guidance", "neighbour_share")
         if options.thresholds and self.sample_spec().kind != "pixels":
             raise ValueError("threshold: of models of pixels, whose range is known; this one draws other codes")
         if options.spacing not in ("leading", *SECTIONS):
@@ -225,6 +234,8 @@ class Diffusion(BaseFamily[DiffusionSampler]):
             share = self.noise_aug * jax.random.uniform(draw[0], (b,)) if train else jnp.zeros(b)
             batch = {**batch, **self.noised_low_res(small, share, jax.random.normal(draw[1], small.shape))}
         dropped = dropped_rows(keys[3], self.condition_dropout, b, train)
+        if (neighbours := self.network.neighbours) is not None:
+            batch = {**batch, **neighbours.kept(batch, dropped_rows(apart(keys[3]), neighbours.dropout, b, train))}
         losses = self.losses(model, x0, t, eps, batch, dropped, keys[4] if train else None)
         weight = row_weights(batch, b)
         means = {k: weighted_mean(v, weight) for k, v in losses.items()}
@@ -465,6 +476,10 @@ def _sample(
     condition = {k: v for k, v in condition.items() if k != "image" or not config.is_super_resolution} | low_res(0)
     everything = both.rows(condition)
     context = model.read(everything, both.dropped(b))
+    # The branch without neighbours has the caption; in its turns it takes the place of that without the caption.
+    swapped = both.shared(context) if both.guided and context.maps_mask is not None else None
+    if swapped is not None and swapped.maps_mask is not None:
+        swapped = swapped._replace(maps_mask=swapped.maps_mask & ~both.dropped(b)[:, None])
     guide_context = None if guide_model is None else guide_model.read(condition, jnp.zeros(b, bool))
     first, later, kept, _, renewed, kept_again, referred = (folded(keys, n) for n in range(7))
     normal = lambda keys, i: jax.vmap(lambda k: jax.random.normal(k, config.shape))(folded(keys, i))
@@ -482,12 +497,18 @@ def _sample(
     def denoise(x: Array, i: Array) -> Denoised:
         alpha, sigma, time, own = path.alpha[i], path.sigma[i], path.t[i], low_res(i)
         batch = everything | both.rows(own)
-        out, null = both(lambda x, t: config._apply(model, x, t, context, batch), x, jnp.full(b, time))
+        turn, read = None, context
+        if swapped is not None:
+            turn = jnp.broadcast_to(options.guides_neighbours(i), (b,))
+            rows = both.rows(turn)
+            read = jax.tree.map(lambda x, y: jnp.where(expand_like(rows, x), x, y), swapped, context)
+        out, null = both(lambda x, t: config._apply(model, x, t, read, batch), x, jnp.full(b, time))
         prediction, v = config._parts(out)
         if guided and guide_model is not None and guide_context is not None:
             null = config._apply(guide_model, x, jnp.full(b, time), guide_context, condition | own)
         if null is not None:
-            scale = options.guidance_at(i, path.steps, 2 * solvers.log_ratio(path, i))
+            chosen = options if turn is None else options.with_guidance(turn)
+            scale = chosen.guidance_at(i, path.steps, 2 * solvers.log_ratio(path, i))
             # A guide model may predict the variance where this one does not, or vice versa.
             other = null[..., : config.network.channels]
             moved = guidance.guide(prediction, other, scale, config.guided_channels)

@@ -64,6 +64,7 @@ class DiT(Checked):
     upscaling: ClassVar[Literal["linear", "cubic"]] = "linear"
     low_res_channels: ClassVar[int] = 0
     noise_levels: ClassVar[int] = 0
+    neighbours: ClassVar[None] = None
     remats: ClassVar[tuple[Remat, ...]] = REMATS
     chooses_attention: ClassVar[bool] = True
 

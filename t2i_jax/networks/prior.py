@@ -43,6 +43,7 @@ class EmbeddingPrior(Checked):
     upscaling: ClassVar[Literal["linear", "cubic"]] = "linear"
     low_res_channels: ClassVar[int] = 0
     noise_levels: ClassVar[int] = 0
+    neighbours: ClassVar[None] = None
     learn_variance: ClassVar[bool] = False
     any_size: ClassVar[bool] = False
     remats: ClassVar[tuple[Remat, ...]] = REMATS

@@ -24,6 +24,7 @@ from t2i_jax.core.fields import DEEPEST, Checked, Count, Grid, Layers, NotNegati
 from t2i_jax.core.keys import apart
 from t2i_jax.core.params import Named
 from t2i_jax.core.sharding import shard
+from t2i_jax.core.specs import BatchSpec
 from t2i_jax.core.types import Compute, Remat
 from t2i_jax.networks.condition import (
     ClassEmbedder,
@@ -34,6 +35,7 @@ from t2i_jax.networks.condition import (
     read_context,
     value,
 )
+from t2i_jax.networks.neighbours import NeighbourAttention, NeighbourMaps, neighbour_rows
 from t2i_jax.nn.attention import attend
 from t2i_jax.nn.conv import Upsample
 from t2i_jax.nn.layers import Conv, Embedding, GroupNorm, LayerNorm, Linear
@@ -123,6 +125,8 @@ class UNet(Checked):
     denoisers); 0: one UNet for all. Times of the network are compared: 1 is the last step of a Discrete process."""
     groups: Size = 32
     eps: Positive = 1e-5
+    neighbours: NeighbourMaps | None = None
+    """Images with captions near to the prompt, which the decoder attends to; None: it reads none."""
 
     any_size: ClassVar[bool] = True
     remats: ClassVar[tuple[Remat, ...]] = ("full", "dots")
@@ -149,6 +153,10 @@ class UNet(Checked):
             self._check_summary()
         if (self.noise_aug_conditioning or self.low_res_channels) and "low_res" not in self.extra_inputs:
             raise ValueError("noise_aug_conditioning=True and low_res_channels require 'low_res' in extra_inputs")
+        if self.neighbours is not None and (self.conditioning is None or self.extra_inputs or self.last_times):
+            raise ConfigError(
+                "neighbours: of one network with a condition, which neighbours have too, and without extra_inputs"
+            )
         if self.noise_levels and not self.noise_aug_conditioning:
             raise ValueError(f"noise_levels {self.noise_levels}: rows for the levels of noise_aug_conditioning=True")
 
@@ -182,6 +190,14 @@ class UNet(Checked):
     def of_grid(self) -> Named:
         """Variables that are computed from the grid: none."""
         return {}
+
+    def neighbour_spec(self) -> BatchSpec:
+        """Batch fields of the neighbours, if it reads them: their images, what the condition reads of each, and which
+        are there."""
+        if self.neighbours is None or self.conditioning is None:
+            return {}
+        factor = 2 ** (len(self.multipliers) - 1)
+        return self.neighbours.batch_spec(self.conditioning.what.batch_spec(), self.channels, factor)
 
     @property
     def channels_in(self) -> int:
@@ -470,10 +486,24 @@ class UNetNetwork(UNetEncoder):
         self.up = nnx.List(up)
         self.norm = GroupNorm(c, config.groups, config.eps)
         self.out = Conv(c, config.channels * (1 + config.learn_variance), next(keys), std=0.0)
+        lowest = config.at(len(config.multipliers) - 1)
+        heads, own = config.heads_of(lowest, up=True), apart(apart(key))
+        reads = config.neighbours is not None
+        self.neighbours = NeighbourAttention(lowest, heads, config.groups, config.eps, own) if reads else None
 
     def read(self, batch: Batch, drop: Array) -> Context:
-        """Encode the condition of a batch: `drop` (b,) marks rows that get the unconditional one."""
+        """Encode the condition of a batch: `drop` (b,) marks rows that get the unconditional one.
+
+        Neighbours are encoded by the encoder of this network, each with its own caption, as images without noise at
+        time 0; those that `neighbour_mask` of the batch does not mark are not read.
+        """
         context = self._read(batch, drop)
+        if self.neighbours is not None:
+            own, there = neighbour_rows(batch)
+            context_of_each = self._read(own, jnp.zeros(there.size, bool))
+            e = self._modulation(jnp.zeros(there.size), context_of_each)
+            maps = self.neighbours.keys_and_values(self.encode(own["image"], e, context_of_each)[0], there.shape[1])
+            context = context._replace(maps=maps, maps_mask=jnp.repeat(there, maps.shape[1] // there.shape[1], 1))
         if self.noise is None:
             return context
         time = 1000 * jnp.broadcast_to(value(batch, "low_res_noise"), drop.shape)
@@ -500,9 +530,10 @@ class UNetNetwork(UNetEncoder):
         """x (b, i, j, c) at times t (b,) -> (b, i, j, c) fp32; 2c channels where the second half is the variance."""
         keys = (None, None) if key is None else jax.random.split(key)
         act = SMOOTH[self.config.activation]
-        e = (self.time(t) + context.pooled).astype(self.compute.dtype)
-        e = act(e) if self.config.activated_twice else e
+        e = self._modulation(t, context)
         x, skips = self.encode(x, e, context, keys[0])
+        if self.neighbours is not None and context.maps is not None and context.maps_mask is not None:
+            x = self.neighbours(x, context.maps, context.maps_mask)
         run = lambda stage, *inputs: stage(*inputs)
         if self.compute.remat != "none":
             run = jax.checkpoint(run, policy=REMAT[self.compute.remat])
@@ -511,6 +542,11 @@ class UNetNetwork(UNetEncoder):
             skip = skips.pop() if self.config.skip_scale == 1 else skips.pop() * self.config.skip_scale
             x = run(stage, jnp.concatenate([x, skip], -1), e, context, k)
         return self.out(act(self.norm(x))).astype(jnp.float32)
+
+    def _modulation(self, t: Array, context: Context) -> Array:
+        """The embedding (b, d) of time and condition."""
+        e = (self.time(t) + context.pooled).astype(self.compute.dtype)
+        return SMOOTH[self.config.activation](e) if self.config.activated_twice else e
 
 
 class ExpertUNets(nnx.Module):

@@ -19,7 +19,14 @@ from t2i_jax.core.casts import cast_dtypes
 from t2i_jax.core.config import ConfigError, refused
 from t2i_jax.core.family import with_fields
 from t2i_jax.core.fields import values
-from t2i_jax.core.narrow import any_size, as_codec, as_family, learns_from_images, token_by_token
+from t2i_jax.core.narrow import (
+    any_size,
+    as_codec,
+    as_family,
+    learns_from_images,
+    retrieves_neighbours,
+    token_by_token,
+)
 from t2i_jax.core.platform import tpu_compiler_alone
 from t2i_jax.core.sharding import RULES, Device, batch_sharding, fit
 from t2i_jax.core.types import CachedNetwork, SamplingOptions, Trainable
@@ -82,6 +89,7 @@ def without_parts(experiment: Experiment, batch: Batch) -> Experiment:
     """The experiment without the frozen parts that this batch does not need."""
     needs_codec = "image" in batch and "codes" not in batch
     needs_text = "features" not in batch and "text" in batch
+    needs_text |= retrieves_neighbours(experiment.text) and "neighbour_image" not in batch
     by_images = learns_from_images(experiment.text) and "image" in batch and "features" not in batch
     codec = experiment.codec if needs_codec else ""
     text = experiment.text if needs_text or by_images else None

@@ -30,7 +30,9 @@ def is_guided(can: Capabilities, guided: bool | None, negative: Batch | None = N
 
 def guided_by(family: Family, options: SamplingOptions) -> bool | None:
     """The argument `guided` of `Family.sample`: False for a guidance of 1, which needs no unconditional branch."""
-    plain = family.capabilities.guidance and np.all(np.asarray(values(options)["guidance"]) == 1)
+    can, given = family.capabilities, values(options)
+    scales = ("guidance", "neighbour_guidance") if can.neighbours else ("guidance",)
+    plain = can.guidance and all(np.all(np.asarray(given[name]) == 1) for name in scales)
     return False if plain else None
 
 
@@ -63,6 +65,10 @@ class Branches:
         both = {**condition, **self.negative}
         pairs = {k: rearrange([condition[k], x], "n b ... -> (b n) ...") for k, x in both.items() if k in condition}
         return pairs, jnp.zeros_like(dropped)
+
+    def shared(self, outputs: T) -> T:
+        """Arrays (b n, ...) of a pytree with the rows of the conditional branch in place of the others."""
+        return jax.tree.map(lambda x: self.rows(self.split(x)[0]), outputs)
 
     @typed
     def dropped(self, b: int) -> Bool[Array, " n"]:

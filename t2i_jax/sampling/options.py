@@ -325,6 +325,12 @@ class DiffusionSampler(GuidedOptions):
     """Guide only where log(alpha^2 / sigma^2) is at least this; None: from the start. For EDM it is 2 log(data / s)."""
     guidance_high_snr: Annotated[float | Array | None, Range()] = None
     """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
+    neighbour_guidance: Annotated[float | Array, Range()] = 3.0
+    """Of a model that reads neighbours of the prompt: scale s of y' + s (y - y'), with y' predicted without them, in
+    steps that guide with regard to them, (b,); there `guidance` is of the others, with y' without the caption."""
+    neighbour_share: Annotated[float | Array, Range(0, 1)] = 0.5
+    """Share of the steps that guide with regard to neighbours, evenly spread among those with regard to the caption
+    (Chen et al. 2022, Re-Imagen: interleaved guidance), (b,)."""
     resample: Annotated[int | Array, Range(1, 1000)] = 2
     """Inpainting only: evaluations at each stop, the solver's and before it rounds that make the rest agree with the
     known part (Lugmayr et al. 2022; `sampling.solvers.Rounds`). With 1 there are no rounds, and the rest sees half of
@@ -360,6 +366,25 @@ class DiffusionSampler(GuidedOptions):
         """The share of new noise in each step of a solver, a scalar or (b,)."""
         eta = jnp.asarray(math.nan if self.eta is None else self.eta, jnp.float32)
         return jnp.where(jnp.isnan(eta), default_eta(solver), eta)
+
+    def guides_neighbours(self, done: Array | int) -> Array:
+        """Whether the step after `done` others guides with regard to neighbours: a scalar, or (b,)."""
+        before = lambda n: jnp.floor(n * jnp.asarray(self.neighbour_share) + 1e-4)  # shares are rounded
+        return before(done + 1) > before(done)
+
+    def with_guidance(self, of_neighbours: Array) -> Self:
+        """The same options with the scale with regard to neighbours where that is in turn, bool (b,)."""
+        return dataclasses.replace(self, guidance=jnp.where(of_neighbours, self.neighbour_guidance, self.guidance))
+
+    def check_default(self, who: str, *names: str) -> None:
+        """Errors: ValueError for one of these options with another value than its default, which `who` does not
+        have; values are known outside of `jit`."""
+        given, default = values(self), values(type(self)())
+        for name in names:
+            if isinstance(given[name], Tracer):
+                continue
+            if np.any(np.asarray(given[name], np.float32) != np.float32(default[name])):
+                raise ValueError(f"{name} {given[name]}: {who} does not have it")
 
     def guidance_at(self, done: Array | int, total: Array | int, log_snr: Array | float = 0.0) -> Array:
         """The scale also depends on log(alpha^2 / sigma^2)."""

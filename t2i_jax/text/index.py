@@ -1,14 +1,16 @@
 """The stored form of a neighbour index: embeddings of records by one encoder, and where they are from.
 
 A folder with `neighbours.json` and `embeddings-00000-of-00002.safetensors`, ...: fp32 `embedding` (n, k) and int64
-`record` (n,), the numbers of the records in their split. Databases of other programs, arrays in `.npy` and `.npz`
-files, are read, too; they do not say by what they were made.
+`record` (n,), the numbers of the records in their split. Where there are `pairs-00000-of-00002.safetensors`, ..., they
+have the uint8 `image` (n, i, j, 3) of the same records, and a caption of each in their metadata. Databases of other
+programs, arrays in `.npy` and `.npz` files, are read, too; they do not say by what they were made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from t2i_jax.core.config import read_json
@@ -55,6 +57,34 @@ class Index:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionedImages:
+    """Images of the records of an index with a caption of each, in the order of its rows."""
+
+    images: np.ndarray
+    """uint8 (n, i, j, 3)"""
+    captions: list[str]
+
+
+def read_pairs(path: str | Path, index: Index) -> CaptionedImages:
+    """The images and captions of an index. Errors: `ConfigError` where it has none, or those of other rows."""
+    files, made = parts_of(path, "pairs"), "make them with `t2i data neighbours CONFIG --out FOLDER --pairs`"
+    if not files:
+        raise ConfigError(f"{path}: has embeddings alone, and no images with captions; {made}")
+    images, captions, records = [], [], []
+    for file in files:
+        try:
+            with safe_open(file, "np") as part:
+                images.append(part.get_tensor("image"))
+                records.append(part.get_tensor("record"))
+                captions += json.loads((part.metadata() or {})["captions"])
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ConfigError(f"{file}: no images with captions of an index ({error})") from error
+    if not np.array_equal(np.concatenate(records), index.records) or len(captions) != len(index.records):
+        raise ConfigError(f"{path}: its images are not those of its {len(index.records)} embeddings; {made}")
+    return CaptionedImages(np.concatenate(images), captions)
+
+
 def weights_digest(model: nnx.Module) -> str:
     """Sixteen hexadecimal digits that identify the weights of an encoder, rounded to bf16: those of a run and of the
     model released of it are the same."""
@@ -71,6 +101,11 @@ def is_index(path: str | Path) -> bool:
     return (Path(path) / FACTS).is_file()
 
 
+def read_facts(path: str | Path) -> Mapping[str, object]:
+    """What an index is of, without its embeddings."""
+    return read_json(Path(path) / FACTS)
+
+
 def parts_of(path: str | Path, kind: str = "embeddings") -> list[Path]:
     """The files of an index, in their order."""
     return sorted(Path(path).glob(f"{kind}-*-of-*.safetensors"))
@@ -81,7 +116,7 @@ def read_index(path: str | Path) -> Index:
     if not is_index(path):
         rows = read_database(path)
         return Index(rows, np.arange(len(rows)))
-    facts, files = read_json(Path(path) / FACTS), parts_of(path)
+    facts, files = read_facts(path), parts_of(path)
     if not isinstance(version := facts.get("version"), int) or version > VERSION:
         raise ConfigError(f"{path}: version {version} of an index; this program reads versions up to {VERSION}")
     if len(files) != facts.get("files"):

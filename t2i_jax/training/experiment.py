@@ -28,6 +28,8 @@ from t2i_jax.core.narrow import (
     embeds_images,
     gives_features,
     learns_from_images,
+    neighbour_retriever,
+    retrieves_neighbours,
     text_encoder,
     uses_frozen_networks,
 )
@@ -168,6 +170,8 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, object], Artifact[Co
     if gives_features(experiment.text):
         with refused("text"), on_host():
             parts["text"] = text_encoder(experiment.text).load()
+            if retrieves_neighbours(experiment.text):
+                neighbour_retriever(experiment.text).check_records(experiment.data.describe()["train"])
     if experiment.model.capabilities.frozen_networks:
         with on_host():
             parts["loss"] = uses_frozen_networks(experiment.model).frozen()
@@ -206,6 +210,9 @@ def record_spec(experiment: Experiment, codec: Codec | None, model: Trainable | 
         else:
             ids, mask = FieldSpec((None,), "int32", low=0, optional=True), FieldSpec((None,), "bool", optional=True)
             spec = {"text": ids, "text_mask": mask} | spec
+        if retrieves_neighbours(experiment.text):  # the number of a record tells it from its neighbours
+            spec = {k: optional(f) if k.startswith("neighbour_") else f for k, f in spec.items()}
+            spec["record"] = FieldSpec((), "int32", optional=True)
     return spec
 
 

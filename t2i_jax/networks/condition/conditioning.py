@@ -47,6 +47,10 @@ class Context(NamedTuple):
     """(b, s, d)"""
     mask: Array
     """(b, s): which tokens may be read"""
+    maps: Array | None = None
+    """(b, n, 2 c), keys and values of the positions of the feature maps of all neighbours, if a network reads any"""
+    maps_mask: Array | None = None
+    """(b, n): which of them may be read"""
 
 
 @typed
