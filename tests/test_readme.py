@@ -65,14 +65,14 @@ def quickstart(folder: Path) -> None:
     """What the README's programs read: a model as that of the quickstart, but small and untrained, and codes."""
     captions = [f"an emoji of {thing} {n}" for n, thing in enumerate(("pizza", "red heart", "a cat") * 40)]
     train_vocabulary(captions, folder / "words.model", 300)
-    parts = AutoencoderConfig(8, (1, 1, 1), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
+    parts = AutoencoderConfig(8, (1, 1, 1, 1), blocks=1, latent=4, attention=(), middle_attention=False, groups=4)
     codec = VQGAN(parts, QuantizerConfig(512, 4), perceptual=0.0, adversarial=0.0)
     save_artifact(Artifact(codec, jax.jit(codec.init)(jax.random.key(0))), folder / "codec", "# A codec\n")
     words = CaptionEncoder(300, 32, 16, 1, 2)
     model = with_fields(AR(**CODES, conditioning=Conditioning(words)), width=16, depth=1, heads=2)
     text = SentencePiece(str(folder / "words.model"), length=32)
     weights = jax.jit(model.init)(jax.random.key(1))
-    kept = Artifact(model, weights, text=text, codec=str(folder / "codec"), image_size=32)
+    kept = Artifact(model, weights, text=text, codec=str(folder / "codec"), image_size=64)
     save_artifact(kept, folder / "runs" / "quickstart" / "model", "# A model\n")
     rng = np.random.default_rng(0)
     rows = [{"codes": rng.integers(0, 512, (8, 8)).astype(np.int32), "label": n % 10, "key": str(n)} for n in range(96)]
@@ -86,8 +86,8 @@ def test_programs_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     programs = re.findall(r"^```python\n(.*?)^```", (HOME / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     assert len(programs) >= 2
-    names = {"mask": np.arange(32)[:, None] >= np.full((32, 32), 16)}
+    names = {"mask": np.arange(64)[:, None] >= np.full((64, 64), 32)}
     for program in programs:
         exec(re.sub(r"steps=\d+", "steps=1", program), names)
-    assert names["images"].shape == (1, 32, 32, 3) and names["images"].dtype == np.uint8
+    assert names["images"].shape == (1, 64, 64, 3) and names["images"].dtype == np.uint8
     assert (tmp_path / "runs" / "mine" / "config.json").exists()
