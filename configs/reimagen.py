@@ -52,7 +52,7 @@ experiment = Experiment(
         ),
         Discrete("cosine"),
         "v",
-        solver="dpm++",
+        solver="ddim",
         sampling=DiffusionSampler(20, guidance=3.0, neighbour_guidance=3.0, threshold=0.995),
     ),
     data=Data(ArrayRecord("data/glyphs_styles"), image_size=32, batch_size=32),

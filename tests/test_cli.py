@@ -290,13 +290,15 @@ def test_modules_of_the_user_are_imported_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("T2I_IMPORT", "own_part_of_a_test")
     assert "builds a Part; an Experiment is needed" in refused(capsys, "train", "run")
     monkeypatch.setenv("T2I_IMPORT", "not_there_at_all")
-    assert "No module named 'not_there_at_all'" in refused(capsys, "train", "run")
+    assert "T2I_IMPORT: not_there_at_all: ModuleNotFoundError" in refused(capsys, "train", "run")
     monkeypatch.delenv("T2I_IMPORT")
     (tmp_path / "mine.py").write_text("import not_there_at_all\n")
-    assert "with PYTHONPATH=. modules of this folder" in refused(capsys, "train", "mine.py")
+    assert "if it is a file of this folder: PYTHONPATH=. t2i" in refused(capsys, "train", "mine.py")
 
 
-@pytest.mark.parametrize(("command", "says"), [("train", "that of a released model"), ("evaluate", "name images")])
+@pytest.mark.parametrize(
+    ("command", "says"), [("train", "a released model has neither data nor training"), ("evaluate", "name images")]
+)
 def test_a_released_model_has_no_data_of_its_own(folder, tmp_path, monkeypatch, capsys, command, says):
     monkeypatch.chdir(tmp_path)
     assert says in refused(capsys, command, folder) and not list(tmp_path.iterdir())
@@ -307,10 +309,15 @@ def test_a_run_that_is_named_as_the_config_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("t2i_jax.cli.train.load_experiment", lambda path, rest: path)
     monkeypatch.setattr("t2i_jax.cli.train.train", lambda experiment, run, accept: begun.append(run))
     (tmp_path / "one" / "checkpoints").mkdir(parents=True)
-    for words in (["one"], ["one/config.json"], ["other/config.json"], ["a/b.py"], ["one", "--run", "two"]):
+    (tmp_path / "lr0.1").mkdir()
+    for words in (["one"], ["one/config.json"], ["lr0.1"], ["lr0.1/config.json"], ["a/b.py"], ["one", "--run", "two"]):
         main(["train", str(tmp_path / words[0]), *words[1:]])
-    one = tmp_path / "one"
-    assert begun == [one, one, Path("runs/other"), Path("runs/b"), Path("two")]
+    runs = Path("runs")
+    assert begun == [tmp_path / "one", runs / "one", runs / "lr0.1", runs / "lr0.1", runs / "b", Path("two")]
+
+
+def test_a_run_in_a_store_goes_on_by_its_config(capsys):
+    assert "gs:/bucket/run: a run in a store goes on by its config" in refused(capsys, "train", "gs://bucket/run")
 
 
 @pytest.mark.parametrize("out", [".", "/"])

@@ -181,14 +181,15 @@ def test_scales_of_one_need_no_other_branch():
     assert guided_by(other, plain) is False
     with pytest.raises(ValueError, match="reads no neighbours"):
         other.check(DiffusionSampler(neighbour_guidance=1.0))
-    assert not dataclasses.replace(
-        FAMILY, network=dataclasses.replace(NETWORK, neighbours=NeighbourMaps(2, 0.0))
-    ).capabilities.unconditional
+    never = with_fields(dataclasses.replace(NETWORK, neighbours=NeighbourMaps(2, 0.0)), condition_dropout=0.0)
+    assert not dataclasses.replace(FAMILY, network=never).capabilities.unconditional
 
 
 def test_what_cannot_read_neighbours_says_so():
     with pytest.raises(ConfigError, match="Discrete process"):
         dataclasses.replace(FAMILY, process=Flow(), predicts="velocity")
+    with pytest.raises(ConfigError, match=r"neighbours.dropout 0, conditioning.dropout 0.1: both above 0"):
+        dataclasses.replace(FAMILY, network=dataclasses.replace(NETWORK, neighbours=NeighbourMaps(2, 0.0)))
     with pytest.raises(ConfigError, match="without extra_inputs"):
         dataclasses.replace(NETWORK, extra_inputs=("low_res",))
 
@@ -303,7 +304,7 @@ def test_a_database_is_split_over_devices_and_finds_the_same(tmp_path):
 
 def test_databases_that_do_not_fit_are_refused(tmp_path):
     experiment, _ = experiment_of(tmp_path)
-    text, train_ = experiment.text, experiment.data.describe()["train"]
+    text, train_ = experiment.text, experiment.data.examples("train")
     index(tmp_path, "pairs")
     with pytest.raises(ConfigError, match=r"embeddings alone.*--pairs"):
         text.load()
@@ -313,8 +314,16 @@ def test_databases_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"4x4 pixels.*--data.image_size=8"):
         dataclasses.replace(text, image_size=8).load()
     with pytest.raises(ConfigError, match="not of the training records"):
-        text.check_records(train_ | {"records": 9})
-    dataclasses.replace(text, own=False).check_records(train_ | {"records": 9})
+        text.check_records([train_[n] for n in range(7)])
+    others = [{"captions": [name]} for name in reversed(NAMES)]  # as many, in another order
+    with pytest.raises(ConfigError, match=r"not of the training records.*caption 0 is 'apple' there and 'dog' in"):
+        text.check_records(others)
+    dataclasses.replace(text, own=False).check_records(others)
+    with pytest.raises(SystemExit):  # the images of other data, for embeddings that are there
+        for part in (tmp_path / "pairs").glob("pairs-*"):
+            part.unlink()
+        index(tmp_path, "pairs", "--pairs", f"--data.source.path={tmp_path / 'dark'}")
+    assert not list((tmp_path / "pairs").glob("pairs-*"))
     np.save(tmp_path / "rows.npy", np.eye(9, dtype=np.float32))
     with pytest.raises(ConfigError, match="embeddings alone"):
         dataclasses.replace(text, database=str(tmp_path / "rows.npy")).load()

@@ -63,6 +63,16 @@ def fail(message: str, status: int = 2) -> None:
     sys.exit(status)
 
 
+def import_own(names: str) -> None:
+    """Import the modules of `T2I_IMPORT`. Errors: `ConfigError` that names the module, whatever it raises."""
+    for module in filter(None, map(str.strip, names.split(","))):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # any error of the user's code
+            hint = "; if it is a file of this folder: PYTHONPATH=. t2i ..." if isinstance(error, ImportError) else ""
+            raise ConfigError(f"{OWN}: {module}: {type(error).__name__}: {error}{hint}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. An error that the user can correct is one line and exit status 2; Ctrl-C is 130."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -86,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         together = {arguments[0], " ".join(arguments[:2])} & set(TOGETHER)
         prepare(join=bool(together) and not {"-h", "--help"} & set(arguments))
-        for module in filter(None, os.environ.get(OWN, "").split(",")):
-            importlib.import_module(module)
+        import_own(os.environ.get(OWN, ""))
         importlib.import_module(f"t2i_jax.cli.{arguments[0]}").run(arguments[1:])
     except (NotWritten, PeerLost) as error:
         console.print(f"t2i {arguments[0]}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

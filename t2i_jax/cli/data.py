@@ -235,6 +235,8 @@ def neighbours(arguments: list[str]) -> None:
     if args.pairs:
         made.write_pairs(index, experiment.data, args.split, out)
         console.print(f"{out}: images and captions of its records, too", soft_wrap=True, highlight=False)
+    if not (args.count or args.images):
+        return
     find = made.searcher(index, experiment, args.search)
     if args.search != "exact":
         share = made.recall(index, made.searcher(index, experiment), find, min(args.count or 5, len(index.rows)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import tyro
 
 from t2i_jax.api import train
 from t2i_jax.core import config
-from t2i_jax.core.config import parse_some
+from t2i_jax.core.config import ConfigError, parse_some
 from t2i_jax.core.console import console
 from t2i_jax.training.experiment import load_experiment
 
@@ -25,23 +26,25 @@ class TrainArguments:
 
     config: tyro.conf.Positional[Path]
     run: Path | None = None
-    """run folder; unless given, that of the config where it is a run itself, else runs/NAME of the config file"""
+    """run folder; unless given, the config where it is a run itself, else runs/NAME of the config file"""
     accept_changes: bool = False
     """go on with a config that is not that of the run so far; `history.jsonl` keeps what has changed, and when"""
 
 
 def _home(path: Path) -> Path:
-    """The run whose config a path is, or a new one by the name of the config file."""
-    folder = path.parent if path.suffix == ".json" else path
-    if (folder / "checkpoints").is_dir():
-        return folder
-    return Path("runs") / (folder.name if path.suffix == ".json" else path.stem)
+    """The run that a path is, or a new one by the name of the config file, or of the folder that a stored one is in."""
+    if (path / "checkpoints").is_dir():
+        return path
+    folder = path if path.is_dir() else path.parent
+    return Path("runs") / (path.stem if path.suffix == ".py" else folder.resolve().name)
 
 
 def run(arguments: list[str]) -> None:
     if arguments and Path(arguments[0]).exists() and {"-h", "--help"} & set(arguments):
         config.load(arguments[0], ["--help"])
     args, rest = parse_some(TrainArguments, arguments, "t2i train")
+    if re.match(r"\w{2,}:/", str(args.config)):
+        raise ConfigError(f"{args.config}: a run in a store goes on by its config file and --run")
     experiment = load_experiment(args.config, rest)
     run = args.run or _home(args.config)
     train(experiment, run, args.accept_changes)

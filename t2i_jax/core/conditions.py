@@ -81,6 +81,14 @@ class ImageTextEncoder(TextEncoder[M], Protocol):
         ...
 
 
+class Records(Protocol):
+    """Records by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Mapping[str, object]: ...
+
+
 class NeighbourRetriever(TextEncoder[M], Protocol):
     """A frozen text encoder with a database of images and their captions."""
 
@@ -93,9 +101,9 @@ class NeighbourRetriever(TextEncoder[M], Protocol):
         """
         ...
 
-    def check_records(self, records: Mapping[str, int | str]) -> None:
-        """Errors: `ConfigError` where numbers of training records, of which these are known, do not name the same ones
-        in the database."""
+    def check_records(self, records: Records) -> None:
+        """Errors: `ConfigError` where the numbers of these training records do not name the same ones in the
+        database."""
         ...
 
 

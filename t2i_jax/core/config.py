@@ -68,7 +68,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> object:
         raise ConfigError(f"{path}: a config is a Python file, or the config.json of a run")
     experiment = read_stored(path) if path.suffix == ".json" else _run_file(path)
     if path.suffix == ".json" and isinstance(experiment, dict):
-        raise ConfigError(f"{path}: is that of a released model, which has no data and no training, and not of a run")
+        raise ConfigError(f"{path}: is no config of a run; a released model has neither data nor training")
     if not dataclasses.is_dataclass(experiment) or isinstance(experiment, type):
         raise ConfigError(f"{path}: must build a dataclass value named `experiment`")
     return override(experiment, overrides) if overrides else experiment
@@ -127,7 +127,7 @@ def _run_file(path: Path) -> object:
         kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         near = _nearest_field(error) if isinstance(error, TypeError) else ""
         if isinstance(error, ModuleNotFoundError):
-            near = "; with PYTHONPATH=. modules of this folder are found"
+            near = "; if it is a file of this folder: PYTHONPATH=. t2i ..., else install it"
         at = f", line {frames[-1]}" if frames else ""
         raise ConfigError(f"{path}{at}: {kind}{error}{near}") from error
 

@@ -36,6 +36,7 @@ from t2i_jax.evaluation.embedders import Embedder
 from t2i_jax.evaluation.features import batches
 from t2i_jax.nn.search import EmbeddingTable, search
 from t2i_jax.text.index import FACTS, VERSION, Index, is_index, parts_of, read_index
+from t2i_jax.text.retrieval import first_caption
 from t2i_jax.training.experiment import Experiment
 from t2i_jax.training.watch import raise_peer_lost
 
@@ -219,6 +220,9 @@ def write_pairs(index: Index, data: Data, split: str, out: Path) -> None:
 
     Errors: `ConfigError` for records without images, `DataError` for one that can no longer be read.
     """
+    work = cast(Object, index.facts.get("work") or {})
+    if differences(*(migrated(x) for x in (work.get("source"), stored_form(data.split(split))))):
+        raise ConfigError(f"{out}: --pairs: its embeddings are of data of another path; make them anew of these")
     examples, first = data.with_shapes().examples(split), 0
     with bar() as progress:
         task = progress.add_task("images and captions", total=len(index.rows))
@@ -232,7 +236,7 @@ def write_pairs(index: Index, data: Data, split: str, out: Path) -> None:
                     raise DataError(f"{out}: record {lost[0]} of the index cannot be read any more")
                 if any("image" not in found[i] for i in records):
                     raise ConfigError(f"{out}: --pairs: the records have no images; name data that are not encoded")
-                captions = [next(iter(found[i].get("captions") or ()), "") for i in records]
+                captions = [first_caption(found[i]) for i in records]
                 with whole_file(target) as temporary:
                     arrays = {"record": records, "image": np.stack([found[i]["image"] for i in records])}
                     save_file(arrays, temporary, metadata={"captions": json.dumps(captions), "made_by": MAKER})

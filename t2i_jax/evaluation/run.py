@@ -71,7 +71,7 @@ def evaluate_folder(
         stored = config.read_stored(folder / "config.json") if (folder / "config.json").exists() else None
         if not isinstance(stored, Experiment):
             raise ConfigError(
-                f"{folder} is no run of this machine, which would have data of its own: "
+                f"{folder}: only a run on this machine has data of its own; "
                 "name images to compare with: --data CONFIG or a data set"
             )
         reference, own_mesh = stored.data, stored.mesh

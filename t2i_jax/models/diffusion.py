@@ -103,6 +103,11 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         clean = isinstance(self.process, Discrete) and self.sample_spec().kind == "pixels"
         if self.network.neighbours is not None and not clean:
             raise ConfigError("neighbours: of models of pixels, and of a Discrete process, whose time 0 is the image")
+        if (read := self.network.neighbours) is not None and (read.dropout > 0) != (self.condition_dropout > 0):
+            raise ConfigError(
+                f"neighbours.dropout {read.dropout:g}, conditioning.dropout {self.condition_dropout:g}: both above 0, "
+                "or both 0; guidance takes turns between captions and neighbours"
+            )
         if self.upscale and self.network.low_res_channels:
             raise ConfigError(f"upscale {self.upscale}: of pixels; low_res_channels are of latents, by their codec")
         levels, process = self.network.noise_levels, self.low_res_process
@@ -189,7 +194,7 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         """Errors: ValueError for options that cannot be sampled with."""
         options.check(self.process.max_steps)
         if self.network.neighbours is None:
-            options.check_default("a model that reads no neighbours", "neighbour_guidance", "neighbour_share")
+            options.check_default("this model reads no neighbours", "neighbour_guidance", "neighbour_share")
         if options.thresholds and self.sample_spec().kind != "pixels":
             raise ValueError("threshold: of models of pixels, whose range is known; this one draws other codes")
         if options.spacing not in ("leading", *SECTIONS):

@@ -23,7 +23,7 @@ from t2i_jax.codecs.principal import Moments, PrincipalCodes
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
-from t2i_jax.core.fields import FREE, Count, Size, values
+from t2i_jax.core.fields import FREE, Count, Size
 from t2i_jax.core.specs import BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, Family, InTurn, LossOutput, Objective, Trips
 from t2i_jax.nn.layers import ModelState, replace
@@ -166,18 +166,12 @@ class UnCLIP(BaseFamily[UnCLIPSampler]):
         if self.prior is not None:
             self.prior.check(self._of_prior(options))
         if self.codes is not None:
-            self._check_default(options, "prior_steps", "draws its codes one by one")
+            options.check_default("this prior draws its codes one by one", "prior_steps")
         if not self.similarities:
-            self._check_default(options, "prior_similarity", "does not read how similar caption and image are")
+            options.check_default("this prior does not read how similar caption and image are", "prior_similarity")
         most = max(self.noise_levels - 1, 0)
         if not isinstance(options.image_noise, Tracer) and np.max(options.image_noise) > most:
             raise ValueError(f"image_noise {np.max(options.image_noise)}: this decoder has levels 0 to {most}")
-
-    def _check_default(self, options: UnCLIPSampler, name: str, why: str) -> None:
-        """Errors: ValueError for an option that the prior does not have, with another value than its default."""
-        given, default = (values(x)[name] for x in (options, UnCLIPSampler()))
-        if not isinstance(given, Tracer) and np.any(np.asarray(given) != default):
-            raise ValueError(f"{name} {given}: this prior {why}")
 
     def loop_trips(self, options: UnCLIPSampler) -> Trips:
         """Numbers of solver steps of the prior and of the decoder."""

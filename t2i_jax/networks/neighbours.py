@@ -33,8 +33,8 @@ class NeighbourMaps(Checked):
     count: Size = 2
     """neighbours of a prompt"""
     dropout: Share = 0.1
-    """share of training examples without neighbours, drawn independently of those without a caption; 0: none, and
-    nothing guides with regard to neighbours"""
+    """share of training examples without neighbours, drawn independently of those without a caption; 0, as that of
+    captions then: none, and there is no guidance"""
 
     def batch_spec(self, condition: BatchSpec, channels: int, factor: int) -> BatchSpec:
         """Fields of the neighbours of a batch: images whose sides are multiples of `factor`, what the condition reads
@@ -94,7 +94,7 @@ class NeighbourAttention(nnx.Module):
         some = mask.any(1)
         q = self.query(rearrange(self.norm(x), "b i j c -> b (i j) c"))
         q = rearrange(q, "b t (n h) -> b t n h", n=self.heads)
-        k, v = rearrange(maps, "b t (k n h) -> k b t n h", k=2, n=self.heads)
+        k, v = rearrange(maps, "b t (n k h) -> k b t n h", k=2, n=self.heads)
         y = attend(q, k, v, (mask | ~some[:, None])[:, None, None])
         y = self.out(rearrange(y, "b t n h -> b t (n h)")).reshape(x.shape)
         return x + jnp.where(some[:, None, None, None], y, 0)

@@ -327,7 +327,8 @@ class DiffusionSampler(GuidedOptions):
     """Guide only where log(alpha^2 / sigma^2) is below this (Kynkaanniemi et al. 2024); None: to the end."""
     neighbour_guidance: Annotated[float | Array, Range()] = 3.0
     """Of a model that reads neighbours of the prompt: scale s of y' + s (y - y'), with y' predicted without them, in
-    steps that guide with regard to them, (b,); there `guidance` is of the others, with y' without the caption."""
+    steps that guide with regard to them, (b,). In the other steps `guidance` is the scale, and y' is predicted without
+    the caption. Not with a guide model, whose scale is `guidance` in all steps."""
     neighbour_share: Annotated[float | Array, Range(0, 1)] = 0.5
     """Share of the steps that guide with regard to neighbours, evenly spread among those with regard to the caption
     (Chen et al. 2022, Re-Imagen: interleaved guidance), (b,)."""
@@ -376,15 +377,15 @@ class DiffusionSampler(GuidedOptions):
         """The same options with the scale with regard to neighbours where that is in turn, bool (b,)."""
         return dataclasses.replace(self, guidance=jnp.where(of_neighbours, self.neighbour_guidance, self.guidance))
 
-    def check_default(self, who: str, *names: str) -> None:
-        """Errors: ValueError for one of these options with another value than its default, which `who` does not
-        have; values are known outside of `jit`."""
+    def check_default(self, why: str, *names: str) -> None:
+        """Errors: ValueError for one of these options with another value than its default, for which `why` is
+        the reason; values are known outside of `jit`."""
         given, default = values(self), values(type(self)())
         for name in names:
             if isinstance(given[name], Tracer):
                 continue
             if np.any(np.asarray(given[name], np.float32) != np.float32(default[name])):
-                raise ValueError(f"{name} {given[name]}: {who} does not have it")
+                raise ValueError(f"{name} {given[name]}: {why}")
 
     def guidance_at(self, done: Array | int, total: Array | int, log_snr: Array | float = 0.0) -> Array:
         """The scale also depends on log(alpha^2 / sigma^2)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.arrays import Bool, Float, typed
-from t2i_jax.core.conditions import TextSpec, Tokenizer
+from t2i_jax.core.conditions import Records, TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DATABASE, Checked, Count, Size
 from t2i_jax.core.narrow import text_encoder
@@ -187,6 +187,9 @@ class NeighbourPairs(Checked, LimitedEncoder):
         """The encoder and the database, on the host. Errors: those of the encoder, of `read_index` and of `read_pairs`,
         and `ConfigError` for a database that is by another encoder, too small, or has images of another size."""
         index, encoder = read_index(self.database), text_encoder(self.text)
+        if self.feature_shape[0] not in (1, encoder([""])[1].shape[1]):
+            kind = type(self.text).__name__
+            raise ConfigError(f"text {kind}: neighbours are found by a vector for each token, or by one for a caption")
         pairs, model = read_pairs(self.database, index), encoder.load()
         index.check(self.database, self.feature_shape[1], self.neighbours + self.own, model)
         if index.facts.get("of") == "images" and not isinstance(self.text, ClipEmbedding):
@@ -198,15 +201,25 @@ class NeighbourPairs(Checked, LimitedEncoder):
             raise ConfigError(f"{self.database}: its images have {rows}x{columns} pixels, {wanted}")
         return PairTable(model, index, pairs.images, *encoder(pairs.captions))
 
-    def check_records(self, records: Mapping[str, int | str]) -> None:
-        """Errors: `ConfigError` where `own` is set and the database is not of the training records that are known."""
+    def check_records(self, records: Records) -> None:
+        """Errors: `ConfigError` where `own` is set and the database is not of these training records: it is of as many,
+        and sixteen of them have the captions that it has."""
+        if not self.own:
+            return
         work = read_facts(self.database).get("work")
-        made = {k: work.get(k) for k in ("split", *records)} if isinstance(work, dict) else {}
-        data = {"split": "train", **records}
-        if self.own and made != data:
+        there: dict[str, object] = {k: work.get(k) for k in ("split", "records")} if isinstance(work, dict) else {}
+        data: dict[str, object] = {"split": "train", "records": len(records)}
+        if there == data:
+            index = read_index(self.database)
+            captions, last = read_pairs(self.database, index).captions, len(index.records) - 1
+            rows = {f"caption {int(index.records[i])}": i for i in np.linspace(0, last, 16).round().astype(int)}
+            there = {name: captions[i] for name, i in rows.items()}
+            data = {name: first_caption(records[int(index.records[i])]) for name, i in rows.items()}
+        if wrong := [name for name in data if there.get(name) != data[name]]:
             raise ConfigError(
-                f"{self.database}: is not of the training records, which are left out of it by their number: it is of "
-                f"{made}, the data are {data}; make it anew of these, or set own=False for other records"
+                f"{self.database}: is not of the training records, which are left out of it by their number: "
+                f"{wrong[0]} is {there.get(wrong[0])!r} there and {data[wrong[0]]!r} in the data; make it anew of "
+                "these, or set own=False for other records"
             )
 
     def features(self, model: PairTable, ids: Array, mask: Array) -> Array:
@@ -231,6 +244,11 @@ class NeighbourPairs(Checked, LimitedEncoder):
             "neighbour_text_mask": back(captions_mask),
             "neighbour_mask": jnp.repeat(mask.any(1, keepdims=True), count, 1),
         }
+
+
+def first_caption(record: Mapping[str, object]) -> str:
+    """The caption of a record that a database has: its first, or none."""
+    return str(next(iter(cast(Sequence[str], record.get("captions") or ())), ""))
 
 
 @typed
