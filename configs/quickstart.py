@@ -1,4 +1,4 @@
-"""Captions to 64x64 glyphs of Twemoji, by next-token prediction over the codes of the zoo's codec: ten minutes.
+"""Captions to 64x64 glyphs of Twemoji, by next-token prediction over the codes of the zoo's codec: six minutes.
 
 A frozen sentence encoder reads the captions, so that new words for a known thing are near the ones in the data.
 """
