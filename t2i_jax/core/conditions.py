@@ -81,7 +81,7 @@ class ImageTextEncoder(TextEncoder[M], Protocol):
         ...
 
 
-class Records(Protocol):
+class NumberedRecords(Protocol):
     """Records by their numbers."""
 
     def __len__(self) -> int: ...
@@ -101,7 +101,7 @@ class NeighbourRetriever(TextEncoder[M], Protocol):
         """
         ...
 
-    def check_records(self, records: Records) -> None:
+    def check_records(self, records: NumberedRecords) -> None:
         """Errors: `ConfigError` where the numbers of these training records do not name the same ones in the
         database."""
         ...

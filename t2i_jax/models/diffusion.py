@@ -103,11 +103,6 @@ class Diffusion(BaseFamily[DiffusionSampler]):
         clean = isinstance(self.process, Discrete) and self.sample_spec().kind == "pixels"
         if self.network.neighbours is not None and not clean:
             raise ConfigError("neighbours: of models of pixels, and of a Discrete process, whose time 0 is the image")
-        if (read := self.network.neighbours) is not None and (read.dropout > 0) != (self.condition_dropout > 0):
-            raise ConfigError(
-                f"neighbours.dropout {read.dropout:g}, conditioning.dropout {self.condition_dropout:g}: both above 0, "
-                "or both 0; guidance takes turns between captions and neighbours"
-            )
         if self.upscale and self.network.low_res_channels:
             raise ConfigError(f"upscale {self.upscale}: of pixels; low_res_channels are of latents, by their codec")
         levels, process = self.network.noise_levels, self.low_res_process
@@ -482,7 +477,7 @@ def _sample(
     everything = both.rows(condition)
     context = model.read(everything, both.dropped(b))
     # The branch without neighbours has the caption; in its turns it takes the place of that without the caption.
-    swapped = both.shared(context) if both.guided and context.maps_mask is not None else None
+    swapped = both.shared(context) if both.guided and config.capabilities.neighbours else None
     if swapped is not None and swapped.maps_mask is not None:
         swapped = swapped._replace(maps_mask=swapped.maps_mask & ~both.dropped(b)[:, None])
     guide_context = None if guide_model is None else guide_model.read(condition, jnp.zeros(b, bool))

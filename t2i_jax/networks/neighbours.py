@@ -33,8 +33,8 @@ class NeighbourMaps(Checked):
     count: Size = 2
     """neighbours of a prompt"""
     dropout: Share = 0.1
-    """share of training examples without neighbours, drawn independently of those without a caption; 0, as that of
-    captions then: none, and there is no guidance"""
+    """share of training examples without neighbours, drawn independently of those without a caption; where either
+    is 0 there is no guidance, which takes turns between captions and neighbours"""
 
     def batch_spec(self, condition: BatchSpec, channels: int, factor: int) -> BatchSpec:
         """Fields of the neighbours of a batch: images whose sides are multiples of `factor`, what the condition reads

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from t2i_jax.core.arrays import Bool, Float, typed
-from t2i_jax.core.conditions import Records, TextSpec, Tokenizer
+from t2i_jax.core.conditions import NumberedRecords, TextSpec, Tokenizer
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.fields import DATABASE, Checked, Count, Size
 from t2i_jax.core.narrow import text_encoder
@@ -201,7 +201,7 @@ class NeighbourPairs(Checked, LimitedEncoder):
             raise ConfigError(f"{self.database}: its images have {rows}x{columns} pixels, {wanted}")
         return PairTable(model, index, pairs.images, *encoder(pairs.captions))
 
-    def check_records(self, records: Records) -> None:
+    def check_records(self, records: NumberedRecords) -> None:
         """Errors: `ConfigError` where `own` is set and the database is not of these training records: it is of as many,
         and sixteen of them have the captions that it has."""
         if not self.own:
