@@ -221,7 +221,8 @@ def write_pairs(index: Index, data: Data, split: str, out: Path) -> None:
     Errors: `ConfigError` for records without images, `DataError` for one that can no longer be read.
     """
     work = cast(Object, index.facts.get("work") or {})
-    if differences(*(migrated({"source": x}) for x in (work.get("source"), stored_form(data.split(split))))):
+    source = lambda form: migrated(form).get("source")
+    if differences(source(work), source(stored_form({"source": data.split(split)}))):
         raise ConfigError(f"{out}: --pairs: its embeddings are of data of another path; make them anew of these")
     examples, first = data.with_shapes().examples(split), 0
     with bar() as progress:
