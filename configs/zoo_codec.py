@@ -2,7 +2,7 @@
 
     t2i data build glyphs --out data/glyphs_all --size 64 --styles all
     t2i train configs/zoo_codec.py --run runs/zoo/codec
-    t2i release runs/zoo/codec --out t2i_jax/zoo/models/twemoji-64/codec --half
+    t2i release runs/zoo/codec --out t2i_jax/zoo/models/twemoji-64/codec --int8
 
 `docs/results/zoo.md` compares it with others.
 """

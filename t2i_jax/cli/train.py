@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ from t2i_jax.api import train
 from t2i_jax.core import config
 from t2i_jax.core.config import ConfigError, parse_some
 from t2i_jax.core.console import console
+from t2i_jax.core.outputs import in_store
 from t2i_jax.training.experiment import load_experiment
 
 
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
     if arguments and Path(arguments[0]).exists() and {"-h", "--help"} & set(arguments):
         config.load(arguments[0], ["--help"])
     args, rest = parse_some(TrainArguments, arguments, "t2i train")
-    if re.match(r"\w{2,}:/", str(args.config)):
+    if in_store(args.config):
         raise ConfigError(f"{args.config}: a run in a store goes on by its config file and --run")
     experiment = load_experiment(args.config, rest)
     run = args.run or _home(args.config)

@@ -101,7 +101,7 @@ class NeighbourRetriever(TextEncoder[M], Protocol):
         """
         ...
 
-    def check_records(self, records: NumberedRecords) -> None:
+    def check_records(self, model: M, records: NumberedRecords) -> None:
         """Errors: `ConfigError` where the numbers of these training records do not name the same ones in the
         database."""
         ...

@@ -19,11 +19,16 @@ KEYS = ({"title", "facts", "numbers"}, {"title", "flops", "runs"}, {"what", "mac
 """Keys of the JSON files that earlier versions of commands wrote without naming the library."""
 
 
+def in_store(path: Path) -> bool:
+    """Whether a path is the URL of an object store, whose second slash `Path` takes away."""
+    return re.match(r"\w{2,}:/", str(path)) is not None
+
+
 def local(path: Path) -> Path:
     """`path`, if it is local. Errors: `ConfigError` for a URL of an object store, or an invalid path."""
     if "\0" in str(path):
         raise ConfigError(f"--out {str(path)!r}: no path has a NUL in it")
-    if re.match(r"\w{2,}:/", str(path)):
+    if in_store(path):
         raise ConfigError(f"--out {path}: is written to this machine alone; of a run, --run may name an object store")
     return path
 

@@ -172,7 +172,8 @@ class Diffusion(BaseFamily[DiffusionSampler]):
             "low_res": {"low_res": FieldSpec((None, None, small), "float32")},
         }
         extra = {k: v for name in self.network.extra_inputs for k, v in further[name].items()}
-        neighbours = self.network.neighbour_spec() if isinstance(self.network, UNet) else {}
+        network = self.network
+        neighbours = {} if network.neighbours is None else network.neighbour_spec()
         return {**self.condition.batch_spec(), **extra, **neighbours}
 
     def batch_spec(self) -> BatchSpec:

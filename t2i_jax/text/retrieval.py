@@ -201,25 +201,27 @@ class NeighbourPairs(Checked, LimitedEncoder):
             raise ConfigError(f"{self.database}: its images have {rows}x{columns} pixels, {wanted}")
         return PairTable(model, index, pairs.images, *encoder(pairs.captions))
 
-    def check_records(self, records: NumberedRecords) -> None:
+    def check_records(self, model: PairTable, records: NumberedRecords) -> None:
         """Errors: `ConfigError` where `own` is set and the database is not of these training records: it is of as many,
         and sixteen of them have the captions that it has."""
         if not self.own:
             return
-        work = read_facts(self.database).get("work")
-        there: dict[str, object] = {k: work.get(k) for k in ("split", "records")} if isinstance(work, dict) else {}
-        data: dict[str, object] = {"split": "train", "records": len(records)}
-        if there == data:
-            index = read_index(self.database)
-            captions, last = read_pairs(self.database, index).captions, len(index.records) - 1
-            rows = {f"caption {int(index.records[i])}": i for i in np.linspace(0, last, 16).round().astype(int)}
-            there = {name: captions[i] for name, i in rows.items()}
-            data = {name: first_caption(records[int(index.records[i])]) for name, i in rows.items()}
-        if wrong := [name for name in data if there.get(name) != data[name]]:
+        facts = read_facts(self.database)
+        work, data = facts.get("work"), {"split": "train", "records": len(records)}
+        there = {k: work.get(k) for k in data} if isinstance(work, dict) else {}
+        wrong = "" if there == data else f"it is of {there}, the data are {data}"
+        if not wrong:
+            rows = np.linspace(0, cast(int, facts["count"]) - 1, 16).round().astype(int)
+            numbers = np.asarray(model.records[...])[rows]
+            captions = [first_caption(records[int(n)]) for n in numbers]
+            same = (self.text(captions)[0] == np.asarray(model.ids[...])[rows]).all(1)
+            if not same.all():
+                first = int(np.argmin(same))
+                wrong = f"record {numbers[first]} has the caption {captions[first]!r} in the data, and another there"
+        if wrong:
             raise ConfigError(
-                f"{self.database}: is not of the training records, which are left out of it by their number: "
-                f"{wrong[0]} is {there.get(wrong[0])!r} there and {data[wrong[0]]!r} in the data; make it anew of "
-                "these, or set own=False for other records"
+                f"{self.database}: is not of the training records, which are left out of it by their number: {wrong}; "
+                "make it anew of these, or set own=False for other records"
             )
 
     def features(self, model: PairTable, ids: Array, mask: Array) -> Array:

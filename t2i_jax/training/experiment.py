@@ -171,7 +171,7 @@ def frozen_parts(experiment: Experiment) -> tuple[dict[str, object], Artifact[Co
         with refused("text"), on_host():
             parts["text"] = text_encoder(experiment.text).load()
             if retrieves_neighbours(experiment.text):
-                neighbour_retriever(experiment.text).check_records(experiment.data.examples("train"))
+                neighbour_retriever(experiment.text).check_records(parts["text"], experiment.data.examples("train"))
     if experiment.model.capabilities.frozen_networks:
         with on_host():
             parts["loss"] = uses_frozen_networks(experiment.model).frozen()
