@@ -22,6 +22,7 @@ from t2i_jax.models import gan
 from t2i_jax.models.gan import GAN, R1, GradientPenalty
 from t2i_jax.networks.condition import PrefixTokens
 from t2i_jax.networks.one_stage import OneStage
+from t2i_jax.nn.adversarial import Paired
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.plan.estimate import with_kernel
 from t2i_jax.sampling.interpolation import lerp, slerp
@@ -90,6 +91,32 @@ def test_r1_is_of_the_image_alone():
     np.testing.assert_allclose(each, 5 * 25.0, rtol=1e-6)
     each = PLAIN._penalised(Linear(), images, sentence, GradientPenalty())[2]
     np.testing.assert_allclose(each, 2 * 13.0**6, rtol=1e-5)
+
+
+def test_pairs_are_compared_by_the_means_of_squares():
+    images = jnp.zeros((2, 4, 6, 3)).at[0, 0, :3].set(jnp.asarray([1.0, 0.0, -1.0])[:, None])  # of mean 0
+    real = jnp.zeros((2, 4, 6, 3)).at[1, :2, :3].set(0.5)
+    np.testing.assert_allclose(Paired(side=2).distances(images, real), [0, 0.5 / 4], atol=1e-7)
+    np.testing.assert_allclose(Paired(side=64).distances(images, real), [2 / 24, 0.5 / 4], rtol=1e-6)
+    twice = jnp.repeat(jnp.repeat(real, 2, 1), 2, 2)
+    np.testing.assert_allclose(Paired(side=2).distances(images, twice), [0, 0.5 / 4], atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["gan", "gan-spatial", "staged-gan"])
+def test_paired_images_enter_the_loss_of_the_generator(name):
+    """With their weight, and rows that weigh nothing do not."""
+    plain, batch = FAMILIES[name], batch_for(FAMILIES[name], 3)
+    batch = batch | {"weight": np.asarray([1, 1, 0], np.float32)}
+    config, model = dataclasses.replace(plain, paired=Paired(3.0, 4)), fresh(plain)
+
+    @jax.jit
+    def run(batch):
+        return [losses_of(at, model, batch, KEY, STEP, True)["generator"][:2] for at in (config, plain)]
+
+    (loss, metrics), (without, _) = run(batch)
+    np.testing.assert_allclose(loss, without + 3 * metrics["paired"], rtol=1e-5)
+    other = batch | {"image": np.concatenate([batch["image"][:2], -batch["image"][2:]])}
+    assert run(other)[0][1]["paired"] == metrics["paired"]
 
 
 def test_the_generator_alone_writes_running_statistics():

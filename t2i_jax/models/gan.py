@@ -23,7 +23,14 @@ from t2i_jax.networks.condition import SentenceAndWords, check_vectors
 from t2i_jax.networks.damsm import ImageEncoder, caption_losses
 from t2i_jax.networks.one_stage import OneStage, OneStageGenerator
 from t2i_jax.networks.one_way import OneWay, OneWayDiscriminator
-from t2i_jax.nn.adversarial import Adversary, discriminator_loss, generator_loss, gradient_penalty, input_gradients
+from t2i_jax.nn.adversarial import (
+    Adversary,
+    Paired,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    input_gradients,
+)
 from t2i_jax.nn.layers import replace
 from t2i_jax.nn.losses import row_mean, row_weights, weighted_mean
 from t2i_jax.sampling.gan import GANFamily
@@ -93,6 +100,8 @@ class GAN(GANFamily["GANNetwork"]):
     """weight of the four losses of words and sentences"""
     gammas: Annotated[tuple[float, float, float], Range(low=0)] = (5.0, 5.0, 10.0)
     """their factors gamma1, gamma2 and gamma3"""
+    paired: Paired | None = None
+    """the generator's images are also compared with the real ones of their sentences"""
     align_corners: bool = False
     """how images are resized for a published file of `matching` (`text.damsm.load_image_encoder`)"""
     compute: Compute = Compute()
@@ -179,8 +188,10 @@ class GAN(GANFamily["GANNetwork"]):
         return LossOutput(loss, {"loss": loss})
 
     def generator_loss(self, model: GANNetwork, batch: Batch, key: Array, step: Array, train: bool) -> LossOutput:
-        """-mean D(G(z, s), s) with hinges, and the term of `matching`; the returned state holds the running
-        statistics."""
+        """-mean D(G(z, s), s) with hinges, and the terms of `matching` and `paired`.
+
+        The returned state holds the running statistics.
+        """
         judge, (images, generator) = model.judge, _generated(batch)
         logits = judge.logits(judge.features(images), judge.read(batch, len(images)).pooled)
         terms = {"adversarial": row_mean(generator_loss(logits, self.adversary), batch)}
@@ -189,6 +200,9 @@ class GAN(GANFamily["GANNetwork"]):
             encoder = cast(ImageEncoder, batch["frozen"])
             terms["matching"] = sum(self.matched(encoder, model, batch, images).values(), jnp.zeros(()))
             loss = loss + self.matching_weight * terms["matching"]
+        if self.paired is not None:
+            terms["paired"] = row_mean(self.paired.distances(images, batch["image"]), batch)
+            loss = loss + self.paired.weight * terms["paired"]
         return LossOutput(loss, {"loss": loss, **terms}, replace(model, generator=generator))
 
     def matched(self, encoder: ImageEncoder, model: GANNetwork, batch: Batch, images: Array) -> dict[str, Array]:

@@ -29,6 +29,7 @@ from t2i_jax.networks.staged_discriminator import ScaleDiscriminator, ScaleDiscr
 from t2i_jax.networks.staged_generator import StagedGenerator, StageOutput
 from t2i_jax.nn.adversarial import (
     Adversary,
+    Paired,
     discriminator_loss,
     gaussian_kl,
     generator_loss,
@@ -149,6 +150,8 @@ class StagedGAN(GANFamily["StagedGANNetwork"]):
     """weight of the four losses of words and sentences (AttnGAN, eq. 14)"""
     gammas: tuple[float, float, float] = (4.0, 5.0, 10.0)
     """their factors gamma1, gamma2 and gamma3"""
+    paired: Paired | None = None
+    """the images of all stages are also compared with the real ones of their sentences"""
     alternating: bool = True
     """the generator learns from the discriminators as updated in the same step; else all from those before it"""
     compute: Compute = Compute()
@@ -348,6 +351,10 @@ class StagedGAN(GANFamily["StagedGANNetwork"]):
         if self.matching:
             terms |= {f"matching/{k}": v for k, v in self.matched(outputs, batch, weight).items()}
             loss = loss + self.matching_weight * sum(v for k, v in terms.items() if k.startswith("matching/"))
+        if self.paired is not None:
+            distances = [self.paired.distances(stage.image, batch["image"]) for stage in outputs.stages]
+            terms["paired"] = weighted_mean(sum(distances, jnp.zeros(())), weight)
+            loss = loss + self.paired.weight * terms["paired"]
         return LossOutput(loss, {"loss": loss, **terms}, replace(model, generator=outputs.generator))
 
     def fooled(
