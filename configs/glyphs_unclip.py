@@ -1,34 +1,47 @@
-"""unCLIP on 32x32 glyphs (Ramesh et al. 2022, DALL-E 2): a prior of CLIP embeddings and a decoder, trained together.
+"""unCLIP on 64x64 glyphs of ten styles (Ramesh et al. 2022, DALL-E 2): a prior of CLIP embeddings and a decoder.
 
-A CLIP is yours to bring, as Hugging Face or open_clip lay it out or a file of OpenAI's: `text.folder` names it. A step
-trains both parts, each by its own loss. `t2i encode configs/glyphs_unclip.py --out data/glyphs_unclip` stores features
-and embeddings, which are computed in each step otherwise. The run is one model: `t2i sample` draws an embedding for
-each prompt, and an image of it; a run of `glyphs_upsample.py` enlarges it with --upsample.
+The CLIP is that of `glyphs_clip.py`, and the decoder draws the latents of `zoo_kl.py`. A step trains both parts, each
+by its own loss, on stored latents, features and embeddings:
+
+    t2i data build glyphs --out data/glyphs_all --size 64 --styles all
+    t2i encode configs/glyphs_unclip.py --out data/glyphs_unclip
+    t2i train configs/glyphs_unclip.py --run runs/glyphs/unclip --data.source.path=data/glyphs_unclip
+    t2i sample runs/glyphs/unclip "a red heart"
+    t2i sample runs/glyphs/unclip --vary heart.png --count 8
+    t2i sample runs/glyphs/unclip --blend heart.png house.png --share 0.5
+
+The run is one model: `t2i sample` draws an embedding for each prompt, and an image of it. With another CLIP, as Hugging
+Face or open_clip lay it out or a file of OpenAI's, `text.folder` names it and FEATURES are of its size: (512, 78) of a
+ViT-B/32. docs/results/unclip.md has what came of it.
 """
+
+from dataclasses import replace
 
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.sources import ArrayRecord
 from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.unclip import UnCLIP
 from t2i_jax.networks.condition import Conditioning, CrossAttnFeatures
+from t2i_jax.networks.dit import DiT
 from t2i_jax.networks.prior import EmbeddingPrior
 from t2i_jax.networks.unclip import CaptionAndTokens, ImageAndCaption
-from t2i_jax.networks.unet import UNet
 from t2i_jax.nn.transformer import Transformer
-from t2i_jax.noise.processes import Discrete
+from t2i_jax.noise.processes import Discrete, Flow
+from t2i_jax.presets import ADALN
 from t2i_jax.sampling.options import DiffusionSampler, UnCLIPSampler
 from t2i_jax.text.clip import ClipCaption
 from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
-FEATURES = CrossAttnFeatures(512, 78)  # of ViT-B/32; 768 of ViT-L/14
+FEATURES = CrossAttnFeatures(128, 21)
+WIDTH = 192
 
 experiment = Experiment(
     model=UnCLIP(
         prior=Diffusion(
             EmbeddingPrior(
-                512,
-                Transformer(256, 4, 4, norm="layer", activation="gelu", bias=True),
+                128,
+                Transformer(128, 3, 4, norm="layer", activation="gelu", bias=True),
                 Conditioning(CaptionAndTokens(FEATURES)),
             ),
             Discrete("cosine"),
@@ -38,26 +51,33 @@ experiment = Experiment(
             sampling=DiffusionSampler(25, guidance=2.0, clip=True),
         ),
         decoder=Diffusion(
-            UNet(
-                (32, 32),
-                width=64,
-                multipliers=(1, 2, 3),
-                blocks=1,
-                attention=(4,),
-                conditioning=Conditioning(ImageAndCaption(FEATURES, summary=256)),
-                context=128,
-                pool="summary",
+            DiT(
+                size=(8, 8),
+                channels=16,
+                patch=1,
+                transformer=replace(ADALN, width=WIDTH, depth=4, heads=4, qk_norm=True),
+                conditioning=Conditioning(ImageAndCaption(FEATURES, summary=WIDTH)),
+                shared=True,
                 learn_variance=False,
             ),
-            Discrete("cosine"),
-            "v",
+            Flow(),
+            predicts="velocity",
             solver="dpm++",
         ),
         candidates=2,
-        sampling=UnCLIPSampler(20, guidance=2.0, prior_guidance=2.0),
+        sampling=UnCLIPSampler(12, guidance=2.0, prior_guidance=2.0),
         fit_examples=8192,  # mean and standard deviation of embeddings
     ),
-    data=Data(ArrayRecord("data/glyphs"), image_size=32, batch_size=32),
-    train=Train(steps=2000, optimizer=Optimizer(learning_rate=3e-4, warmup=100), ema=0.99),
-    text=ClipCaption("models/clip-vit-base-patch32"),
+    data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=64),
+    train=Train(
+        steps=1000,
+        # Muon wants rates ten times those of Adam, which moves the tables.
+        optimizer=Optimizer("muon", 1e-2, adam_learning_rate=2e-3, warmup=50, final=0.02, weight_decay=0.01),
+        ema=0.99,
+        evaluate_every=250,
+        preview_every=500,
+        save_every=250,
+    ),
+    codec="docs/results/zoo/kl",
+    text=ClipCaption("docs/results/clip"),
 )

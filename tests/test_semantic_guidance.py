@@ -14,7 +14,11 @@ from PIL import Image
 import t2i_jax as t2i
 from t2i_jax.cli import main
 from t2i_jax.core.family import with_fields
+from t2i_jax.core.image_files import save_png
 from t2i_jax.core.sharding import MeshConfig, batch_sharding, put_on_mesh, shardings
+from t2i_jax.evaluation.agreement import Drawn, difference, layout, measured
+from t2i_jax.evaluation.agreement import main as agreement
+from t2i_jax.evaluation.matching import Matching
 from t2i_jax.models.clip import CLIP
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
@@ -235,3 +239,72 @@ def test_the_command_guides_to_a_reference(tmp_path, capsys):
     assert "reference" in made["layout"].info and "reference" not in made["text"].info
     assert "--reference without --classifier" in refused(capsys, *sample, *like)
     assert "--layout-weight without --reference" in refused(capsys, *sample, *judged, "--layout-weight=2")
+
+
+# --- what guidance gains, measured
+
+
+def test_a_gain_is_that_of_pairs():
+    """An interval of paired differences: what both share does not widen it."""
+    rng = np.random.default_rng(0)
+    plain, gain = rng.normal(0, 10, 400), rng.normal(0.5, 1, 400)
+    found = difference(plain, plain + gain)
+    low, high = found["interval"]
+    assert low < 0.5 < high and high - low == pytest.approx(2 * 1.96 * gain.std(ddof=1) / 20, rel=0.01)
+    assert found["gain"] == pytest.approx(found["guided"] - found["plain"], abs=2e-4)
+    with pytest.raises(ValueError, match="two pairs"):
+        difference(plain[:1], plain[:1])
+
+
+def test_layout_is_of_the_means_of_squares():
+    reference = np.zeros((4, 4, 3), np.uint8)
+    images = np.stack([reference, reference, reference])
+    images[1, :2, :2] = 255  # a quarter of the image is white
+    images[2, 0, 0], images[2, 3, 3] = 255, 255
+    np.testing.assert_allclose(layout(images, reference, 2), [0, 0.25, 2 * 0.25 / 4])
+    np.testing.assert_allclose(layout(images, reference, 8), [0, 0.25, 2 / 16])
+    with pytest.raises(ValueError, match="cannot be cut"):
+        layout(images, reference, 3)
+
+
+def test_agreement_is_with_the_own_prompt_and_the_own_reference():
+    """By a judge for which the colour of an image is its embedding, and the names of colours are theirs."""
+    colours = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
+    judge = Matching(
+        lambda images: images.mean((1, 2)).astype(np.float32) + 1e-6,
+        lambda texts: np.asarray([colours.get(text, (1.0, 1.0, 1.0)) for text in texts], np.float32),
+    )
+    flat = lambda name: np.broadcast_to(np.asarray(colours[name]) * 255, (4, 4, 3)).astype(np.uint8)
+    drawn = lambda said, shown: Drawn(np.stack([flat(c) for c in shown]), tuple(said), ("0",) * len(said))
+    plain = [drawn(["red", ""], ["blue", "blue"]), drawn(["green", "red"], ["green", "green"])]
+    guided = [drawn(["red", ""], ["red", "green"]), drawn(["green", "red"], ["green", "red"])]
+    found = measured(judge, plain, guided, [flat("green"), flat("red")])
+    assert found["images"] == 4
+    assert found["text"]["plain"] == pytest.approx(1 / 3, abs=1e-3)  # the row without a prompt does not count
+    assert found["text"]["guided"] == pytest.approx(1, abs=1e-3)
+    assert (found["image"]["plain"], found["image"]["guided"]) == (
+        pytest.approx(0, abs=1e-3),
+        pytest.approx(0.5, abs=1e-3),
+    )
+    assert found["layout"]["gain"] == pytest.approx(-1 / 3, abs=1e-3)
+    assert "image" not in measured(judge, plain, guided)
+
+
+def test_agreement_refuses_folders_that_are_no_pairs(tmp_path):
+    for folder, seed in (("a", 0), ("b", 1)):
+        (tmp_path / folder).mkdir()
+        for n in range(2):
+            about = {"prompt": "a red heart", "seed": str(seed + n)}
+            save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / folder / f"{n}.png", metadata=about)
+    (tmp_path / "c").mkdir()
+    save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "c" / "0.png")
+    call = lambda *some: agreement(["configs/semantic_diffusion.py", "--by", "docs/results/clip", *some])
+    folder = lambda name: str(tmp_path / name)
+    with pytest.raises(t2i.ConfigError, match="not of the same prompts and seeds"):
+        call("--plain", folder("a"), "--guided", folder("b"))
+    with pytest.raises(t2i.ConfigError, match="does not say its prompt"):
+        call("--plain", folder("a"), "--guided", folder("c"))
+    with pytest.raises(t2i.ConfigError, match="2 folders; --plain has 1"):
+        call("--plain", folder("a"), "--guided", folder("a"), folder("b"))
+    with pytest.raises(t2i.ConfigError, match="1 images for 2 pairs"):
+        call("--plain", folder("a"), folder("a"), "--guided", folder("a"), folder("a"), "--references", folder("x"))
