@@ -126,12 +126,12 @@ def sample_to_folder(
     toward: Sequence[Between] | None = None,
     codec: Artifact[Codec] | None = None,
 ) -> None:
-    """One PNG per (prompt, seed) and a captioned grid of the first ones; toward: for each, as in `Sampler.sample`.
+    """One PNG per (prompt, seed), a captioned grid of the first ones and a table of prompts (`image_files.describe`).
 
     Each PNG stores its prompt, seed and options; a job whose PNG exists already with the same ones is skipped: an
-    interrupted run goes on. Images of an earlier call move to a folder of their own. watch: show progress within a
-    batch, and intermediate images in `growing.png`, which `codec` decodes, if given, in place of the pipeline's own.
-    Errors: `ConfigError` where a file would be replaced that this
+    interrupted run goes on. Images of an earlier call move to a folder of their own. toward: for each job, as in
+    `Sampler.sample`. watch: show progress within a batch, and intermediate images in `growing.png`, which `codec`
+    decodes, if given, in place of the pipeline's own. Errors: `ConfigError` where a file would be replaced that this
     command did not write.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -174,6 +174,7 @@ def sample_to_folder(
         return
     if moments:
         growing(sampler, dict(sorted(moments.items())), prompts[:8], out / "growing.png", scale, codec)
+    image_files.describe(files, about)
     first = range(min(len(jobs), 64))
     images = np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in first])
     sheet = image_files.grid(images, titles[: len(first)], columns=columns if columns > 1 else 0, scale=scale)

@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_jax.core.image_files import grid, load_font, read_png_text, save_png, side_by_side, to_uint8, wrap
+from t2i_jax.core.errors import ConfigError
+from t2i_jax.core.image_files import (
+    METADATA,
+    claim,
+    describe,
+    grid,
+    load_font,
+    read_png_text,
+    save_png,
+    side_by_side,
+    to_uint8,
+    wrap,
+)
+from t2i_jax.data.found import find_source
 
 DATA = np.load(Path(__file__).parent / "assets" / "tiny_twemoji32.npz")
 IMAGES, CAPTIONS = DATA["images"], DATA["captions"].tolist()
@@ -84,3 +97,21 @@ def test_wrong_sets_are_named():
         grid(IMAGES[:2] / 255)
     with pytest.raises(ValueError, match="do not pair"):
         side_by_side(IMAGES[:2], IMAGES[:3], CAPTIONS[:2])
+
+
+def test_drawn_images_are_a_data_set_with_their_prompts(tmp_path):
+    """Prior preservation reads what the base drew: the sheet of them is no example."""
+    files, about = [tmp_path / f"{n:05d}.png" for n in range(2)], [{"prompt": p, "seed": "7"} for p in CAPTIONS[:2]]
+    for path, image, one in zip(files, IMAGES, about, strict=False):
+        save_png(image, path, metadata=one)
+    save_png(grid(IMAGES[:2]), tmp_path / "grid.png")
+    describe(files, about)
+    reader = find_source(str(tmp_path)).source.open()
+    found = {r["captions"][0] for r in (reader[n] for n in range(len(reader))) if r["captions"]}
+    assert found == set(CAPTIONS[:2])
+    assert claim(files[:1], about[:1], ("grid.png",)) == [True]
+    assert (tmp_path / "earlier-1" / METADATA).exists() and not (tmp_path / METADATA).exists()
+    (tmp_path / METADATA).write_text('{"file_name": "00000.png", "text": "mine"}\n')
+    with pytest.raises(ConfigError, match=METADATA):
+        claim(files, about, ("grid.png",))
+    assert "mine" in (tmp_path / METADATA).read_text()

@@ -19,8 +19,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from t2i_jax.core.console import console
-from t2i_jax.core.outputs import MAKER, check_free, is_ours, whole_file
+from t2i_jax.core.outputs import MAKER, check_free, is_ours, whole_file, write_json_lines
 
+METADATA = "metadata.jsonl"
+"""The prompts and seeds of a folder of images, a row each: what makes it an imagefolder of the Hugging Face Hub."""
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 PAPER, INK, FAINT, FRAME = (255, 255, 255), (32, 33, 36), (120, 124, 130), (225, 228, 232)
@@ -109,13 +111,13 @@ def read_png_text(path: str | os.PathLike) -> dict[str, str]:
 def claim(files: Sequence[Path], about: Sequence[Mapping[str, str]], sheets: Sequence[str]) -> list[bool]:
     """Which of the numbered images of a call exist already, with the same metadata.
 
-    Other images and sheets of an earlier call move to a folder `earlier-N` in theirs: nothing is lost, and none is
-    mistaken for an image of this call.
+    Other images, sheets and METADATA of an earlier call move to a folder `earlier-N` in theirs: nothing is lost, and
+    none is mistaken for an image of this call.
 
     files: all in one folder. about: metadata of each image. sheets: names of files that show several images.
     Errors: `ConfigError` where a file of one of these names was not written by this library.
     """
-    folder = files[0].parent
+    folder, sheets = files[0].parent, (*sheets, METADATA)
     check_free(*files, *(folder / name for name in sheets))
     said = {path: _about(path) for path in folder.glob("[0-9]*.png") if path.stem.isdigit() and is_ours(path)}
     made = [said.get(path) == dict(mine) for path, mine in zip(files, about, strict=True)]
@@ -130,6 +132,14 @@ def claim(files: Sequence[Path], about: Sequence[Mapping[str, str]], sheets: Seq
             f"{folder}: {len(older)} images of an earlier call are in {target.name} now", soft_wrap=True, markup=False
         )
     return made
+
+
+def describe(files: Sequence[Path], about: Sequence[Mapping[str, str]]) -> None:
+    """Write METADATA next to images: the name of each with those of `prompt`, `seed` and `score` that it has, so that
+    the folder is a data set of images and their captions."""
+    kept = ("prompt", "seed", "score")
+    rows = [{"file_name": path.name, **{k: a[k] for k in kept if k in a}} for path, a in zip(files, about, strict=True)]
+    write_json_lines(files[0].parent / METADATA, rows)
 
 
 def _about(path: Path) -> dict[str, str]:

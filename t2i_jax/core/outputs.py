@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from t2i_jax.core.errors import ConfigError
@@ -63,7 +63,8 @@ def check_utf8(path: Path) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is marked as made by this library: an image, a JSON or a Markdown file."""
+    """Whether a file is marked as made by this library: an image, a JSON or a Markdown file; of JSON lines by the
+    first."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -73,7 +74,7 @@ def is_ours(path: Path) -> bool:
         return 0 <= at < 4096 and MAKER.encode() in data[at : at + 64] and data.endswith(b"IEND\xaeB`\x82")
     if data.lstrip().startswith((b"{", b"[")):
         try:
-            found = json.loads(data)
+            found = json.loads(data.split(b"\n", 1)[0] if path.suffix == ".jsonl" else data)
         except (ValueError, RecursionError):
             return False
         found = found[0] if isinstance(found, list) and found else found
@@ -107,6 +108,12 @@ def write_json(path: str | os.PathLike, value: Mapping[str, object] | list[Mappi
     marked = [{"made_by": MAKER, **one} for one in (value if isinstance(value, list) else [value])]
     text = json.dumps(marked if isinstance(value, list) else marked[0], indent=1, ensure_ascii=False, default=str)
     write_text(path, text + "\n")
+
+
+def write_json_lines(path: str | os.PathLike, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write objects as JSON, one a line, each with this library's name as its maker."""
+    lines = [json.dumps({**row, "made_by": MAKER}, ensure_ascii=False, default=str) for row in rows]
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def write_markdown(path: str | os.PathLike, text: str) -> None:

@@ -86,5 +86,6 @@ def keep_best(
     files.claim(kept, notes, ("grid.png",))
     for path, image, prompt, about in zip(kept, best, captions, notes, strict=True):
         files.save_png(image, path, [prompt], about)
+    files.describe(kept, notes)
     sheet = files.grid(np.stack(best[:64]), captions[:64], columns=count if count > 1 else 0, scale=scale)
     files.save_png(sheet, out / "grid.png")
