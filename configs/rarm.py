@@ -1,12 +1,11 @@
 """Codes by retrieval: RARM (Blattmann et al. 2022) on 64x64 glyphs of ten styles, trained without captions.
 
 A next-token model whose layers cross-attend to the CLIP embeddings of the nearest images of a database, over the codes
-of `rarm_codec.py`. In training they are the neighbours of the image, without itself; in sampling those of the caption.
+of the zoo's codec. In training they are the neighbours of the image, without itself; in sampling those of the caption.
 The CLIP is that of `glyphs_clip.py`; the database is swapped in sampling:
 
     t2i data build glyphs --out data/glyphs_all --size 64 --styles all
     t2i data neighbours configs/rarm.py --out data/glyphs_neighbours
-    t2i train configs/rarm_codec.py --run runs/glyphs/rarm_codec
     t2i encode configs/rarm.py --out data/glyphs_rarm
     t2i train configs/rarm.py --run runs/glyphs/rarm --data.source.path=data/glyphs_rarm
     t2i sample runs/glyphs/rarm "a red heart"
@@ -34,9 +33,9 @@ NEIGHBOURS = 4
 
 experiment = Experiment(
     model=AR(
-        vocabulary=512,
+        vocabulary=4096,
         grid=(8, 8),
-        transformer=Transformer(width=128, depth=3, heads=4, qk_norm=True),
+        transformer=Transformer(width=192, depth=4, heads=4, qk_norm=True),
         conditioning=Conditioning(
             CrossAttnFeatures(128, NEIGHBOURS, trained_null=False, zero_null=True), via="cross_attention", dropout=0.1
         ),
@@ -45,14 +44,14 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=32),
     train=Train(
-        steps=800,
+        steps=1500,
         optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50, final=0.05, weight_decay=0.01),
         ema=0.99,
-        evaluate_every=400,
-        preview_every=400,
-        save_every=100,
+        evaluate_every=500,
+        preview_every=500,
+        save_every=250,
     ),
-    codec="runs/glyphs/rarm_codec",
+    codec="twemoji-64/codec",
     # The caption's own embedding is left out (query=False): networks have seen embeddings of images alone.
     text=Neighbours(
         ClipEmbedding("docs/results/clip"),

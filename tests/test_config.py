@@ -122,7 +122,17 @@ def test_options_that_may_be_arrays_are_numbers_on_the_command_line():
     assert config.override(ARSampler(greedy=True), ["--greedy", "false"]) == ARSampler()
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "configs").glob("*.py")), ids=lambda f: f.stem)
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+OF_RUNS = [file for file in CONFIGS if not file.stem.startswith("compare_")]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
 def test_every_file_of_configs_builds_what_it_is_run_for(file):
     found = config.load(file)
     assert type(found).__name__ == ("Comparison" if file.stem.startswith("compare_") else "Experiment")
+
+
+@pytest.mark.parametrize("file", OF_RUNS, ids=lambda f: f.stem)
+def test_fields_of_every_config_can_be_given(file):
+    """Whatever its parts are: the families of an unCLIP are of a Protocol that is made of others."""
+    assert config.load(file, ["--train.steps=7"]).train.steps == 7

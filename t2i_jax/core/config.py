@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, cast, get_args
 
 import tyro
 from jax import Array
+from tyro.constructors._struct_spec import InvalidDefaultInstanceError
 
 from t2i_jax.core.errors import ConfigError as ConfigError
 from t2i_jax.core.errors import did_you_mean
@@ -206,7 +207,9 @@ def _of_a_protocol(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.
         return None
     kind = type(info.default)
     if not dataclasses.is_dataclass(kind):
-        return None
+        # Of a branch of a union tyro asks without a value; it would take a Protocol of Protocols for a class to call.
+        refusal = cast(tyro.constructors.StructConstructorSpec, InvalidDefaultInstanceError(()))
+        return refusal if len(kinds) == 1 else None
     plain = tyro.constructors.StructTypeInfo.make(kind, info.default, info.in_union_context)
     spec = tyro.constructors.ConstructorRegistry.get_struct_spec(plain)
     return spec if isinstance(spec, tyro.constructors.StructConstructorSpec) else None
