@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from examples import multistep
+from examples import clipart, multistep
 from examples.fsq import FSQHead
 from examples.gan import GAN, GANSampler
 from examples.trigonometric import Trigonometric
@@ -147,3 +148,32 @@ def test_a_family_is_trained_released_and_sampled(tmp_path):
     dark, bright = pipeline.sampler(GANSampler(0.5)).sample(["0", "1"], on_preview=preview)
     assert shares == [1]
     assert dark.shape == (8, 8, 3) and dark.mean() < 64 and bright.mean() > 192
+
+
+def test_clip_art_becomes_a_folder_of_captioned_pictures(tmp_path):
+    """Two Debian packages as they are unpacked: stamps with sentences in many languages, and names of files."""
+    stamps, library = tmp_path / "usr/share/tuxpaint/stamps/animals", tmp_path / "usr/share/openclipart/png"
+    files = {
+        stamps / "cat.png": "A cat.\nde.utf8=Eine Katze.\n",
+        stamps / "mute.png": None,
+        library / "food" / "red_apple_ann_b_01.png": None,
+        library / "food" / "red_apple_ann_b_02.png": None,
+        library / "special" / "dots.png": None,
+        library / "food" / "broken.png": None,
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (300, 150), (255, 0, 0, 128)).save(path)
+        if text:
+            path.with_suffix(".txt").write_text(text)
+    (library / "food" / "broken.png").write_bytes(b"no picture")
+    counts = clipart.build(tmp_path, tmp_path / "out")
+    written = {p.stem.partition("-")[2]: p for p in (tmp_path / "out").rglob("*.png")}
+    assert sum(counts.values()) == len(written) == 3 and {"cat", "red_apple_ann_b_01"} < written.keys()
+    assert written["red_apple_ann_b_01"].parent == written["red_apple_ann_b_02"].parent
+    assert written["cat"].with_suffix(".txt").read_text() == "A cat\n"
+    said = written["red_apple_ann_b_02"].with_suffix(".txt").read_text().splitlines()
+    assert said == ["red apple ann b", "red apple ann b, food"]
+    with Image.open(written["cat"]) as picture:
+        assert picture.size == (clipart.SIDE,) * 2 and picture.getpixel((0, 0)) == (255, 255, 255)
+        assert picture.getpixel((48, 48)) == (255, 127, 127)
