@@ -2,13 +2,13 @@
 
     t2i data build glyphs --out data/glyphs_line --size 64 --styles openmoji-line
     python configs/glyphs_subject.py data/glyphs_line data/subject
-    t2i sample twemoji-64 "a cat" "a cat face" "a happy cat" --temperature 1 --count 32 --out data/kind
+    t2i sample twemoji-64 "a cat" "a cat face" --prompts configs/twemoji_prompts.txt --count 4 --out data/kind
     t2i train configs/glyphs_subject.py --run runs/glyphs/subject
     t2i sample twemoji-64 "a zwx cat" "a cat" --lora runs/glyphs/subject
 
 The subject is a cat of ten line drawings, called by a word that captions do not have. Half of the examples are what the
-base draws for its kind (prior preservation), so that other cats stay what they were. docs/finetune.md has what came of
-it, and of the same without these.
+base draws, for cats and for other prompts (prior preservation), so that these stay what they were. docs/finetune.md has
+what came of it, and of the same without these.
 """
 
 import sys
@@ -34,8 +34,8 @@ experiment = Experiment(
     train=Train(
         start=BASE,
         lora=LoRA(rank=8, alpha=16.0),
-        steps=300,
-        optimizer=Optimizer("adamw", 2e-3, warmup=20, weight_decay=0.0),
+        steps=200,
+        optimizer=Optimizer("adamw", 1e-3, warmup=20, weight_decay=0.0),
         evaluate_every=0,
         preview_every=0,
         save_every=100,

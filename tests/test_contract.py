@@ -86,7 +86,10 @@ def test_what_it_does_not_take_is_named(name):
         x = batch[field]
         wrong = [x[..., None], x.astype(complex)] + [x[..., :-1]] * bool(takes.shape and takes.shape[-1])
         if takes.dtype == "int32":
-            wrong += [np.where(np.arange(x.size).reshape(x.shape) == 1, n, x) for n in (takes.low - 1, takes.high + 1)]
+            wrong += [
+                np.where(np.arange(x.size).reshape(x.shape) == 1, np.int64(n), x)
+                for n in (takes.low - 1, takes.high + 1)
+            ]
             wrong += [x.astype(np.float32)]
         for value in wrong:
             with pytest.raises(DataError, match=f"'{field}'"):

@@ -11,6 +11,8 @@ from t2i_jax.cli import main
 from t2i_jax.core.config import ConfigError
 from t2i_jax.core.family import with_fields
 from t2i_jax.edits import Blend, Vary, along_circle, embedding_field
+from t2i_jax.evaluation.features import Space
+from t2i_jax.evaluation.run import retrieved, variations
 from t2i_jax.models.unclip import UnCLIP
 from t2i_jax.networks.condition import CrossAttnFeatures, PooledFeatures
 from t2i_jax.networks.unclip import NoisedImageAndTokens
@@ -65,6 +67,17 @@ def test_images_are_like_a_given_one_or_between_two(pipeline):
     about = pipeline.sampler(like=Vary(IMAGES[0])).about
     assert about["like"] != pipeline.sampler(like=Vary(IMAGES[1])).about["like"]
     assert about["like"] != pipeline.sampler(like=Blend(*IMAGES)).about["like"]
+
+
+def test_evaluation_asks_whether_an_image_finds_what_it_was_made_of(pipeline):
+    options = dataclasses.replace(pipeline.options, steps=2, guidance=1.0)
+    made = variations(pipeline, IMAGES, [0, 3], options)
+    for image, seed, drawn in zip(IMAGES, (0, 3), made, strict=True):
+        again = pipeline([""], seeds=[seed], like=Vary(image), steps=2, guidance=1.0)
+        np.testing.assert_allclose(drawn, again[0], atol=1)
+    space = Space("pixels", 8, lambda x: x.reshape(len(x), -1) / np.float32(255))
+    assert retrieved(IMAGES, IMAGES, [space])["pixels/top1"].value == 1
+    assert retrieved(IMAGES[::-1], IMAGES, [space])["pixels/top1"].value == 0
 
 
 def test_what_has_no_embeddings_of_images_is_refused(pipeline):

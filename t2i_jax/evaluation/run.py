@@ -18,17 +18,26 @@ from t2i_jax.core.config import ConfigError
 from t2i_jax.core.console import bar, console, stdout
 from t2i_jax.core.frozen import with_features
 from t2i_jax.core.image_files import to_uint8
-from t2i_jax.core.narrow import any_size, as_codec, classifier_guided, likelihood, uses_frozen_networks
+from t2i_jax.core.narrow import (
+    any_size,
+    as_codec,
+    classifier_guided,
+    embeds_images,
+    likelihood,
+    uses_frozen_networks,
+)
 from t2i_jax.core.outputs import check_free
 from t2i_jax.core.sharding import MeshConfig, to_host
 from t2i_jax.core.types import Family, SamplingOptions
 from t2i_jax.data.found import find_source
 from t2i_jax.data.pipeline import Data
 from t2i_jax.data.records import DataError, Record, title
+from t2i_jax.edits import Vary
+from t2i_jax.evaluation.alignment import retrieve
 from t2i_jax.evaluation.features import Space, batches, images_of, in_batches, space_of
 from t2i_jax.evaluation.matching import Matching
 from t2i_jax.evaluation.metrics import NEIGHBOURS, distinct
-from t2i_jax.evaluation.report import Number, Report, evaluate_images, evaluate_reconstruction
+from t2i_jax.evaluation.report import Number, Report, aligned, evaluate_images, evaluate_reconstruction
 from t2i_jax.pipeline import Pipeline
 from t2i_jax.sampler import condition_of
 from t2i_jax.sampling.options import plain_options
@@ -279,6 +288,10 @@ def evaluate_family(
         found |= bits_per_token(pipeline, records, texts, size)
         numbers |= {f"{name}/{k}": v for k, v in found.items()}
         sheets.append(image_files.side_by_side(real[:32], made[:32], prompts[:32], columns=8, title=name))
+        if pipeline.family.capabilities.image_embedding and embeds_images(pipeline.text):
+            varied, like = f"variations of images of {name}", variations(pipeline, real, seeds, options)
+            numbers |= {f"{varied}/{k}": v for k, v in retrieved(like, real, spaces).items()}
+            sheets.append(image_files.side_by_side(real[:32], like[:32], prompts[:32], columns=8, title=varied))
     if noises:
         numbers |= variety(pipeline, next(iter(sets.values())), images_of(train), spaces, noises, size, options, out)
     image_files.save_png(stacked(sheets), out / "samples.png")
@@ -293,6 +306,21 @@ def evaluate_family(
         "device": jax.devices()[0].device_kind,
     }
     return Report(f"{type(pipeline.family).__name__}: images for captions", numbers, facts)
+
+
+def variations(pipeline: Pipeline, images: np.ndarray, seeds: Sequence[int], options: SamplingOptions) -> np.ndarray:
+    """An image like each given one, uint8 (n, i, j, 3), without a prompt."""
+    made = []
+    with bar() as progress:
+        for image, seed in progress.track(list(zip(images, seeds, strict=True)), description="variations"):
+            made.append(pipeline.sampler(options, like=Vary(image)).sample([""], [seed]))
+    return np.concatenate(made)
+
+
+def retrieved(made: np.ndarray, real: np.ndarray, spaces: Sequence[Space]) -> dict[str, Number]:
+    """How often each image finds the real one that it was made of among all, in every space: `SPACE/top1`, ..."""
+    found = {space.name: aligned(retrieve(space(made), space(real))) for space in spaces}
+    return {f"{space}/{k}": number for space, numbers in found.items() for k, number in numbers.items()}
 
 
 def variety(
