@@ -2,13 +2,13 @@
 
     t2i data build glyphs --out data/glyphs_line --size 64 --styles openmoji-line
     python configs/glyphs_subject.py data/glyphs_line data/subject
-    t2i sample twemoji-64 "a cat" "a cat face" --prompts configs/twemoji_prompts.txt --count 4 --out data/kind
+    t2i sample twemoji-64 "a cat" "a cat face" --prompts configs/twemoji_prompts.txt --count 2 --out data/kind
     t2i train configs/glyphs_subject.py --run runs/glyphs/subject
     t2i sample twemoji-64 "a zwx cat" "a cat" --lora runs/glyphs/subject
 
-The subject is a cat of ten line drawings, called by a word that captions do not have. Half of the examples are what the
-base draws, for cats and for other prompts (prior preservation), so that these stay what they were. docs/finetune.md has
-what came of it, and of the same without these.
+The subject is a cat of ten line drawings, called by a word that captions do not have. Three of four examples are what
+the base draws, for cats and for other prompts (prior preservation), so that these stay what they were. docs/finetune.md
+has what came of it, and of the same without these.
 """
 
 import sys
@@ -27,15 +27,15 @@ BASE = "twemoji-64"
 experiment = Experiment(
     model=open_artifact(BASE).artifact.config,
     data=Data(
-        Mixture((Folder("data/subject"), Folder("data/kind", ("metadata:prompt",))), weights=(0.5, 0.5)),
+        Mixture((Folder("data/subject"), Folder("data/kind", ("metadata:prompt",))), weights=(0.25, 0.75)),
         image_size=64,
         batch_size=16,
     ),
     train=Train(
         start=BASE,
         lora=LoRA(rank=8, alpha=16.0),
-        steps=200,
-        optimizer=Optimizer("adamw", 1e-3, warmup=20, weight_decay=0.0),
+        steps=400,
+        optimizer=Optimizer("adamw", 2e-3, warmup=20, weight_decay=0.0),
         evaluate_every=0,
         preview_every=0,
         save_every=100,

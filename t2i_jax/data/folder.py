@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from t2i_jax.core.errors import DataError
+from t2i_jax.core.outputs import MAKER
 from t2i_jax.core.text import decode_text, mend, read_lines, split_lines
 from t2i_jax.data.files import ending, mounted, some, walk
 from t2i_jax.data.files import kinds as kinds_of
@@ -204,13 +205,16 @@ def open_folder(
             + (f"it holds {kinds_of(others)}" if others else "it is empty")
         )
     names.sort()
-    stems = {name: os.path.splitext(name)[0] for name in names}
-    odd = {n: captions[s] for n, s in stems.items() if s in captions and not captions[s].endswith(".txt")}
     wanted = any(kind.startswith("metadata:") for kind in kinds)
     listed = [file for file in others if wanted and os.path.basename(file) in TABLES]
     tables: dict[str, dict[str, Row]] = {}
     for file in sorted(listed):
         tables.setdefault(os.path.dirname(file), {}).update(read_table(Path(path, file)))
+    # What `t2i sample` wrote has sheets of several images, too, which are no examples.
+    drawn = {at for at, rows in tables.items() if rows and all(r.get("made_by") == MAKER for r in rows.values())}
+    names = [n for n in names if os.path.dirname(n) not in drawn or os.path.basename(n) in tables[os.path.dirname(n)]]
+    stems = {name: os.path.splitext(name)[0] for name in names}
+    odd = {n: captions[s] for n, s in stems.items() if s in captions and not captions[s].endswith(".txt")}
     if wanted and not listed:
         raise DataError(f"{path}: Folder.captions wants a table, and there is no {' and no '.join(TABLES)}")
     read = {f".{kind.partition(':')[0]}" for kind in kinds}
