@@ -70,7 +70,7 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=64),
     train=Train(
-        steps=1000,
+        steps=700,
         # Muon wants rates ten times those of Adam, which moves the tables.
         optimizer=Optimizer("muon", 1e-2, adam_learning_rate=2e-3, warmup=50, final=0.02, weight_decay=0.01),
         ema=0.99,

@@ -44,12 +44,12 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=64, batch_size=32),
     train=Train(
-        steps=1500,
+        steps=900,
         optimizer=Optimizer("muon", 2e-2, adam_learning_rate=3e-3, warmup=50, final=0.05, weight_decay=0.01),
         ema=0.99,
-        evaluate_every=500,
-        preview_every=500,
-        save_every=250,
+        evaluate_every=300,
+        preview_every=300,
+        save_every=150,
     ),
     codec="twemoji-64/codec",
     # The caption's own embedding is left out (query=False): networks have seen embeddings of images alone.

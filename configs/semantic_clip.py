@@ -40,7 +40,7 @@ experiment = Experiment(
     ),
     data=Data(ArrayRecord("data/glyphs_all"), image_size=32, batch_size=128),
     train=Train(
-        steps=1000,
+        steps=600,
         optimizer=Optimizer("adamw", 1.5e-3, warmup=100, b2=0.98, weight_decay=0.1, final=0.02),
         ema=0.99,
         evaluate_every=250,
