@@ -12,7 +12,7 @@ by its own loss, on stored latents, features and embeddings:
 
 The run is one model: `t2i sample` draws an embedding for each prompt, and an image of it. With another CLIP, as Hugging
 Face or open_clip lay it out or a file of OpenAI's, `text.folder` names it and FEATURES are of its size: (512, 78) of a
-ViT-B/32. docs/results/unclip.md has what came of it.
+ViT-B/32.
 """
 
 from dataclasses import replace
