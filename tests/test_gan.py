@@ -20,7 +20,7 @@ from t2i_jax.core.types import Toward
 from t2i_jax.data import ArrayRecord, Data
 from t2i_jax.models import gan
 from t2i_jax.models.gan import GAN, R1, GradientPenalty
-from t2i_jax.networks.condition import PrefixTokens
+from t2i_jax.networks.condition import ClassEmbedder, PrefixTokens
 from t2i_jax.networks.one_stage import OneStage
 from t2i_jax.nn.adversarial import Paired
 from t2i_jax.pipeline import Pipeline
@@ -117,6 +117,11 @@ def test_paired_images_enter_the_loss_of_the_generator(name):
     np.testing.assert_allclose(loss, without + 3 * metrics["paired"], rtol=1e-5)
     other = batch | {"image": np.concatenate([batch["image"][:2], -batch["image"][2:]])}
     assert run(other)[0][1]["paired"] == metrics["paired"]
+
+
+def test_an_unconditional_model_has_no_pairs():
+    with pytest.raises(ConfigError, match="paired: an unconditional model"):
+        with_fields(FAMILIES["staged-gan"], condition=ClassEmbedder(0), judged="sentence", paired=Paired())
 
 
 def test_the_generator_alone_writes_running_statistics():

@@ -166,6 +166,8 @@ class StagedGAN(GANFamily["StagedGANNetwork"]):
             raise ConfigError("judged 'mean': an unconditional model has no conditioning augmentation")
         if self.matching and not self.is_conditional:
             raise ConfigError("matching: an unconditional model has no words to match")
+        if self.paired is not None and not self.is_conditional:
+            raise ConfigError("paired: an unconditional model has no real image that an image is to be like")
         if not self.terms:
             raise ConfigError("terms: at least those of one scale")
         for n in range(len(self.network.sizes)) if self.discriminator and self.is_conditional else ():
