@@ -134,7 +134,8 @@ def test_each_class_that_tables_name_now_exists():
         assert dataclasses.is_dataclass(getattr(sys.modules[module], name)), kind
 
 
-@pytest.mark.parametrize("depth", [900, 100_000])
+# The parser takes the first, and the migration does not: from Python 3.12 on a level of it is fewer calls.
+@pytest.mark.parametrize("depth", [900 if sys.version_info < (3, 12) else 2000, 100_000])
 def test_a_file_that_is_nested_too_deeply_is_one_clear_error(tmp_path, depth):
     (tmp_path / "config.json").write_text('{"a": ' * depth + "1" + "}" * depth)
     with pytest.raises(config.ConfigError, match="config.json: nested too deeply"):
