@@ -62,8 +62,9 @@ def build(root: Path, out: Path) -> dict[str, int]:
             print(f"{path}: {error}", file=sys.stderr)
             continue
         image.thumbnail((SIDE, SIDE))
-        paper = Image.new("RGB", (max(image.size),) * 2, "white")
-        paper.paste(image, tuple((paper.width - side) // 2 for side in image.size), image)
+        side = max(image.size)
+        paper = Image.new("RGB", (side, side), "white")
+        paper.paste(image, ((side - image.width) // 2, (side - image.height) // 2), image)
         split = split_of(path)
         target = out / split / f"{number:05}-{path.stem[:60]}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
