@@ -22,6 +22,7 @@ from t2i_jax.evaluation.matching import Matching
 from t2i_jax.models.clip import CLIP
 from t2i_jax.noise.processes import Discrete, Flow
 from t2i_jax.sampling.options import DiffusionSampler
+from t2i_jax.sampling.solvers import SOLVERS
 from t2i_jax.storage.artifacts import Artifact, save_artifact
 from t2i_jax.text.damsm import CaptionWords
 from tests.fixtures.captions import dictionary
@@ -88,6 +89,17 @@ def test_a_known_log_density_of_a_reference_moves_the_mean_as_it_must(process, s
     )
     mean = there + guidance * (here - there) + weight * reference * std**2
     np.testing.assert_allclose(out[:, 0, :, 0].mean(0), mean, atol=0.05)
+
+
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "ddpm"])
+def test_what_a_classifier_says_of_pure_noise_is_not_followed(solver):
+    """The cosine schedule begins at a ratio of signal to noise of 5e-5, where a learned classifier's gradient is its
+    error: x0 would be moved by 20,000 times it. ddpm's step is by the variance instead, and bounded."""
+    family = with_fields(family_of(Discrete("cosine"), 2), predicts="v")
+    law, keys = exact(family, (0.3, -0.2), 0.25 * np.eye(2)), jax.random.split(jax.random.key(1), 8)
+    wrong = jax.tree_util.Partial(lambda x, t, condition: jnp.where(t > 990, 1.0, 0.0) * x.sum((1, 2, 3)))
+    draw = lambda classifier: family.sample(law, {}, keys, DiffusionSampler(8), solver=solver, classifier=classifier)
+    np.testing.assert_allclose(draw(wrong), draw(None), atol=1e-4)
 
 
 def drawn(reference=None, text_weight=0.0, image_weight=0.0, layout_weight=0.0, scale=1.0):
