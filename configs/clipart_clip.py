@@ -20,7 +20,9 @@ base = load_experiment(Path(__file__).with_name("glyphs_clip.py"))
 experiment = replace(
     base,
     data=replace(
-        base.data, source=Mixture((ArrayRecord("data/glyphs_all"), Folder("data/clipart/train")), weights=(0.5, 0.5))
+        base.data,
+        source=Mixture((ArrayRecord("data/glyphs_all"), Folder("data/clipart/train")), weights=(0.5, 0.5)),
+        held_out=Folder("data/clipart/test"),
     ),
     text=SentencePiece("data/clipart.model", length=20),
 )
