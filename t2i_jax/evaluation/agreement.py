@@ -26,13 +26,11 @@ from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Range
 from t2i_jax.core.image_files import read_png_text
 from t2i_jax.core.outputs import check_free, local, write_json
-from t2i_jax.data.images import open_image
 from t2i_jax.data.records import DataError
-from t2i_jax.data.transforms import to_square
 from t2i_jax.evaluation.alignment import unit
 from t2i_jax.evaluation.features import images_of, space_of
 from t2i_jax.evaluation.matching import Matching
-from t2i_jax.evaluation.neighbours import images_in
+from t2i_jax.evaluation.neighbours import images_in, square_of
 from t2i_jax.evaluation.report import compare
 from t2i_jax.evaluation.run import records_of
 from t2i_jax.training.experiment import load_experiment
@@ -85,13 +83,8 @@ class Drawn:
         for path, about in zip(paths, said, strict=True):
             if "prompt" not in about or "seed" not in about:
                 raise ConfigError(f"{path} does not say its prompt and seed: images of `t2i sample` do")
-        images = np.stack([picture(path, size) for path in paths])
+        images = np.stack([square_of(path, size) for path in paths])
         return cls(images, tuple(a["prompt"] for a in said), tuple(a["seed"] for a in said))
-
-
-def picture(path: Path, size: int) -> np.ndarray:
-    """An image file as uint8 (size, size, 3), cut to its middle."""
-    return to_square(open_image(path, size, 1.0), size)
 
 
 @typed
@@ -161,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
     for folders, a, b in zip(zip(args.plain, args.guided, strict=True), plain, guided, strict=True):
         if (a.prompts, a.seeds) != (b.prompts, b.seeds):
             raise ConfigError(f"{folders[0]} and {folders[1]} are not of the same prompts and seeds")
-    references = [picture(path, size) for path in args.references]
+    references = [square_of(path, size) for path in args.references]
     train, test = (images_of(records_of(data, split, args.count)) for split in ("train", "test"))
     space = space_of(args.space).load()
     real, spanning = space(test), space(train)

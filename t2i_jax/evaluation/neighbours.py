@@ -297,7 +297,7 @@ def neighbours_of_images(
     files = images_in(images)
     data = experiment.data.with_shapes()
     size, examples = data.image_size, data.examples(split)
-    queries: list[Record] = [{"image": to_square(open_image(path, size, 1.0), size)} for path in files]
+    queries: list[Record] = [{"image": square_of(path, size)} for path in files]
     cosines, rows = find(embedder(queries), count)
     records = index.records[rows]
     cells: list[tuple[np.ndarray, str]] = []
@@ -324,6 +324,11 @@ def images_in(folder: Path) -> list[Path]:
     if not some:
         raise ConfigError(f"{folder}: there is no image in it")
     return numbered or some
+
+
+def square_of(path: Path, size: int) -> np.ndarray:
+    """The middle of an image file, uint8 (size, size, 3)."""
+    return to_square(open_image(path, size, 1.0), size)
 
 
 def _captioned(examples: Examples, record: int, cosine: float) -> tuple[np.ndarray, str]:

@@ -22,13 +22,11 @@ from t2i_jax.core.config import ConfigError, parse_some
 from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Range
 from t2i_jax.core.outputs import check_free, local, write_json
-from t2i_jax.data.images import open_image
 from t2i_jax.data.records import DataError
-from t2i_jax.data.transforms import to_square
 from t2i_jax.evaluation.alignment import wilson
 from t2i_jax.evaluation.features import Space, images_of, space_of
 from t2i_jax.evaluation.metrics import blocks, distances
-from t2i_jax.evaluation.neighbours import images_in
+from t2i_jax.evaluation.neighbours import images_in, square_of
 from t2i_jax.evaluation.run import records_of
 from t2i_jax.training.experiment import load_experiment
 
@@ -116,7 +114,7 @@ def main(arguments: Sequence[str]) -> None:
         "held out": _near(reference, reference),
     }
     for folder, paths in files.items():
-        images = np.stack([to_square(open_image(path, size, 1.0), size) for path in paths])
+        images = np.stack([square_of(path, size) for path in paths])
         report[folder] = measured(space, probe, images, known, reference)
     if args.out:
         write_json(args.out, report)
