@@ -117,6 +117,24 @@ def test_a_caption_that_is_empty_or_dropped_has_the_tokens_of_an_empty_one():
     assert not np.array_equal(tokens[0], tokens[1])
 
 
+def test_a_decoder_learns_from_embeddings_without_captions():
+    """In training, as often as said: variations of an image are drawn so. The prior reads every caption."""
+    model, batch = jax.tree.map(lambda x: 0.1 * x, random(CONFIG)), batch_for(CONFIG)
+    rest = {"features": batch["features"] + 1.0, "text_mask": batch["text_mask"][:, ::-1]}
+
+    def losses(share, batch, train=True):
+        objectives = dataclasses.replace(CONFIG, caption_dropout=share).objectives().values()
+        run = lambda batch: [o.loss(model, batch, jax.random.key(3), jnp.int32(0), train).loss for o in objectives]
+        return [float(loss) for loss in jax.jit(run)(batch)]
+
+    (prior, always), (other, same) = losses(1.0, batch), losses(1.0, batch | rest)
+    assert always == same and prior != other
+    empty = {"text_mask": np.zeros_like(batch["text_mask"])}
+    assert always == losses(0.0, batch | empty)[1] != losses(0.0, batch)[1]
+    assert losses(1.0, batch, train=False) == losses(0.0, batch, train=False)
+    assert CONFIG.caption_dropout == 0.5
+
+
 def test_each_row_is_denoised_by_the_expert_of_its_time():
     network = dataclasses.replace(FAMILIES["upsampler-experts"].network, last_times=10)
     model = jax.jit(network.init)(jax.random.key(0))

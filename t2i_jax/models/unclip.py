@@ -23,16 +23,17 @@ from t2i_jax.codecs.principal import Moments, PrincipalCodes
 from t2i_jax.core.conditions import Batch
 from t2i_jax.core.errors import ConfigError
 from t2i_jax.core.family import BaseFamily
-from t2i_jax.core.fields import FREE, Count, Size
+from t2i_jax.core.fields import FREE, Count, Share, Size
 from t2i_jax.core.specs import BatchSpec, CodeSpec, FieldSpec, SampleSpec
 from t2i_jax.core.types import Capabilities, Compute, Family, InTurn, LossOutput, Objective, Trips
+from t2i_jax.networks.condition import dropped_rows
 from t2i_jax.nn.layers import ModelState, replace
 from t2i_jax.noise.schedule import spread
 from t2i_jax.sampling.inpainting import known_and_keep
 from t2i_jax.sampling.options import ARSampler, DiffusionSampler, GuidedOptions, UnCLIPSampler
 from t2i_jax.sampling.progress import Progress
 
-PRIOR_NOISE, IMAGE_NOISE, SIMILARITY = 6, 7, 8
+PRIOR_NOISE, IMAGE_NOISE, SIMILARITY, CAPTION = 6, 7, 8, 9
 """What is folded into the key of an image for the noise of its prior, and of its embedding, and for how similar it is
 to its caption; a decoder folds in smaller numbers."""
 OWN = ("image_features", "image_noise", "image_noise_level", "similarity")
@@ -68,6 +69,9 @@ class UnCLIP(BaseFamily[UnCLIPSampler]):
     fit_examples: Count = 0
     """Examples whose embeddings give mean and standard deviation, or principal axes, before the first step; 0: for a
     prior of embeddings themselves, which stay as they are."""
+    caption_dropout: Share = 0.5
+    """Share of the decoder's training examples whose caption alone is left out, so that an embedding without one draws
+    variations; both are left out as its own conditioning says. It needs the mask of captions (`ImageAndCaption`)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -213,6 +217,9 @@ class UnCLIP(BaseFamily[UnCLIPSampler]):
             keys = jax.random.split(jax.random.fold_in(key, IMAGE_NOISE))
             level = (self.noise_levels * spread(keys[0], b, train)).astype(jnp.int32)
             own |= {"image_noise": jax.random.normal(keys[1], (b, self.dim)), "image_noise_level": level}
+        if "text_mask" in own:
+            without = dropped_rows(jax.random.fold_in(key, CAPTION), self.caption_dropout, b, train)
+            own["text_mask"] = own["text_mask"] & ~without[:, None]
         return objective.loss(model.decoder, own, key, step, train)
 
     def _split(self, batch: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
