@@ -20,6 +20,8 @@ from t2i_jax.core.config import ConfigError, to_json
 from t2i_jax.core.params import named, rebuild
 from t2i_jax.core.sharding import MeshConfig
 from t2i_jax.core.types import LossOutput
+from t2i_jax.data import Data, Folder
+from t2i_jax.data.records import DataError
 from t2i_jax.storage import checkpoints
 from t2i_jax.storage.checkpoints import CheckpointError
 from t2i_jax.storage.checksums import checksums
@@ -32,6 +34,13 @@ from tests.fixtures import toys
 from tests.fixtures.runs import same, stop_after
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
+
+
+class Unsplit(toys.Numbers):
+    """Like pictures of one folder, which are all for training."""
+
+    def check_split(self, split):
+        Data(Folder("pictures")).check_split(split)
 
 
 def curve(folder):
@@ -310,6 +319,15 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     writer.write(2, {"loss": float("nan")})
     writer.close()
     assert records.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2}, {"step": 2, "loss": None}]
+
+
+def test_held_out_data_that_are_missing_are_missed_before_the_first_step(tmp_path):
+    """And not when the first evaluation is due, after hours."""
+    data = Unsplit()
+    with pytest.raises(DataError, match="Folder has no splits"):
+        train(toys.experiment(data=data, evaluate_every=4), tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*")) and not curve(tmp_path / "run")
+    train(toys.experiment(data=data), tmp_path / "never")  # evaluates nothing
 
 
 def test_batch_that_the_mesh_cannot_split_is_named(tmp_path):

@@ -209,6 +209,10 @@ class Data(Checked):
         its data. Errors: `DataError`."""
         return {split: _description(self.split(split).open()) for split in splits}
 
+    def check_split(self, split: str) -> None:
+        """Errors: `DataError` where the source has no such split, or none of its records."""
+        self._open(split, captions=False)
+
     def _open(self, split: str, captions: bool) -> Reader:
         reader = self.split(split).open()
         if not len(reader):

@@ -127,6 +127,8 @@ def _train(experiment: Experiment, folder: Path, where: Path, preview: Preview |
             console.print(f"{where}: going on from step {done}", soft_wrap=True)
         if done >= t.steps:
             return state
+        if t.evaluate_every:
+            experiment.data.check_split("val")  # now, and not when the first evaluation is due
         if main:
             remember_data(experiment.data, folder)
 
