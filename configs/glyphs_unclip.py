@@ -10,9 +10,9 @@ by its own loss, on stored latents, features and embeddings:
     t2i sample runs/glyphs/unclip --vary heart.png --count 8
     t2i sample runs/glyphs/unclip --blend heart.png house.png --share 0.5
 
-What came of it is in docs/results/unclip.md. The run is one model: `t2i sample` draws an embedding for each prompt, and an image of it. With another CLIP, as Hugging
-Face or open_clip lay it out or a file of OpenAI's, `text.folder` names it and FEATURES are of its size: (512, 78) of a
-ViT-B/32.
+What came of it is in docs/results/unclip.md. The run is one model: `t2i sample` draws an embedding for each prompt, and
+an image of it. With another CLIP, as Hugging Face or open_clip lay it out or a file of OpenAI's, `text.folder` names it
+and FEATURES are of its size: (512, 78) of a ViT-B/32.
 """
 
 from dataclasses import replace
