@@ -23,8 +23,9 @@ from t2i_jax.models.diffusion import Diffusion
 from t2i_jax.models.gan import GAN
 from t2i_jax.networks.condition import Conditioning, CrossAttnFeatures, TextFeatures
 from t2i_jax.networks.dit import DiT
-from t2i_jax.networks.one_stage import OneStage
+from t2i_jax.networks.one_stage import OneStage, SemanticSpatial
 from t2i_jax.networks.one_way import OneWay
+from t2i_jax.nn.adversarial import Paired
 from t2i_jax.nn.transformer import Transformer
 from t2i_jax.noise.processes import Flow
 from t2i_jax.presets import ADALN
@@ -34,19 +35,20 @@ from t2i_jax.training.experiment import Experiment, Train
 from t2i_jax.training.optimizer import Optimizer
 
 TEXT = MiniLM(16, pooled=True)
-GAME = Optimizer("adam", 1e-4, schedule="constant", warmup=0, b1=0.0, b2=0.9, weight_decay=0.0, clip=0.0)
+GAME = Optimizer("adam", 4e-4, schedule="constant", warmup=0, b1=0.0, b2=0.9, weight_decay=0.0, clip=0.0)
 
 gan = Experiment(
     GAN(
-        OneStage((32, 32), width=16, noise=32),
+        OneStage((32, 32), width=16, noise=32, block=SemanticSpatial(32)),
         OneWay(16),
         condition=CrossAttnFeatures(MiniLM.dim, 1, trained_null=False),
+        paired=Paired(10.0, 16),
         sampling=GANSampler(0.88, 2.0),
     ),
     Data(ArrayRecord("data/glyphs_all"), image_size=32, batch_size=32),
     Train(
         optimizer=GAME,
-        optimizers={"discriminator": replace(GAME, learning_rate=4e-4)},
+        optimizers={"discriminator": replace(GAME, learning_rate=8e-4)},
         ema=0.998,
         ema_params=("generator",),
     ),
@@ -102,7 +104,7 @@ the same 13,356 images of ten styles and their captions, three times each.
 """,
     runs=runs,
     reference=replace(gan, data=Data(ArrayRecord("data/glyphs_all"), image_size=32)),
-    flops=5e13,
+    flops=2e13,
     repeats=3,
     sweeps={
         "truncation": Sweep(
