@@ -24,7 +24,7 @@ experiment = Experiment(
         vocabulary=4096,
         grid=(8, 8),
         transformer=Transformer(width=192, depth=6, heads=4, qk_norm=True),
-        conditioning=Conditioning(TextFeatures(MiniLM.dim, 16), dropout=0.1),
+        conditioning=Conditioning(TextFeatures(MiniLM.dim, 1), dropout=0.1),
         token_dropout=0.0,
         sampling=ARSampler(guidance=1.5, temperature=0.25),
     ),
@@ -39,5 +39,5 @@ experiment = Experiment(
         save_every=250,
     ),
     codec="twemoji-64/codec",
-    text=MiniLM(16),
+    text=MiniLM(16, pooled=True),
 )
