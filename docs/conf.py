@@ -14,7 +14,7 @@ author = "the t2i_jax authors"
 copyright = "the t2i_jax authors, Apache-2.0"
 version = release = t2i_jax.__version__
 extensions = ["myst_nb", "sphinx_design", "sphinx_copybutton", "docs.ext.site"]
-exclude_patterns = ["_build", "ext", "results/clip", "results/gan", "results/zoo"]
+exclude_patterns = ["_build", "ext", "results/clip", "results/gan", "results/unclip", "results/zoo"]
 
 # Markdown: equations, fenced directives, and an anchor for every heading, so that links to them are checked.
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
