@@ -12,7 +12,6 @@ mean absolute difference of 8x8 means of pixels.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -26,11 +25,11 @@ from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Range
 from t2i_jax.core.image_files import read_png_text
 from t2i_jax.core.outputs import check_free, local, write_json
-from t2i_jax.data.records import DataError
 from t2i_jax.evaluation.alignment import unit
 from t2i_jax.evaluation.features import images_of, space_of
 from t2i_jax.evaluation.matching import Matching
 from t2i_jax.evaluation.neighbours import images_in, square_of
+from t2i_jax.evaluation.program import as_program
 from t2i_jax.evaluation.report import compare
 from t2i_jax.evaluation.run import records_of
 from t2i_jax.training.experiment import load_experiment
@@ -172,8 +171,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    as_program(main)

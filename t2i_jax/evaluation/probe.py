@@ -9,7 +9,6 @@ how often each folder's images are of each kind.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -22,11 +21,11 @@ from t2i_jax.core.config import ConfigError, parse_some
 from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Range
 from t2i_jax.core.outputs import check_free, local, write_json
-from t2i_jax.data.records import DataError
 from t2i_jax.evaluation.alignment import wilson
 from t2i_jax.evaluation.features import Space, images_of, space_of
 from t2i_jax.evaluation.metrics import blocks, distances
 from t2i_jax.evaluation.neighbours import images_in, square_of
+from t2i_jax.evaluation.program import as_program
 from t2i_jax.evaluation.run import records_of
 from t2i_jax.training.experiment import load_experiment
 
@@ -148,8 +147,4 @@ def _near(found: np.ndarray, reference: np.ndarray) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    as_program(main)

@@ -4,13 +4,12 @@
 
 The caption of each of some training images, in a wording that no training caption has (`unseen_caption`), is compared
 with the first caption of every training image, by the cosine of the encoder's vectors; counted is how often the nearest
-one is of the same image. A model that reads one such vector can hardly do better on known concepts in new words.
+one is of the same image: what the vectors tell apart before a model has learned which of their differences matter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,9 +22,10 @@ from t2i_jax.core.console import stdout
 from t2i_jax.core.fields import Checked, Range
 from t2i_jax.core.outputs import check_free, local, write_json
 from t2i_jax.core.sharding import own_mesh
-from t2i_jax.data.records import DataError, Record
+from t2i_jax.data.records import Record
 from t2i_jax.evaluation.alignment import unit
 from t2i_jax.evaluation.embedders import Embedder, load_embedder
+from t2i_jax.evaluation.program import as_program
 from t2i_jax.evaluation.run import records_of, wording
 from t2i_jax.training.experiment import load_experiment
 
@@ -80,8 +80,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    as_program(main)

@@ -35,7 +35,7 @@ from t2i_jax.sampling.progress import Progress
 
 PRIOR_NOISE, IMAGE_NOISE, SIMILARITY, CAPTION = 6, 7, 8, 9
 """What is folded into the key of an image for the noise of its prior, and of its embedding, and for how similar it is
-to its caption; a decoder folds in smaller numbers."""
+to its caption; and into that of a step for which captions are left out. A decoder folds in smaller numbers."""
 OWN = ("image_features", "image_noise", "image_noise_level", "similarity")
 """Fields of the conditions of both parts that are made here."""
 CAPTIONS = ("features", "null_features")
